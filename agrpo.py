@@ -1,0 +1,444 @@
+"""AGRPO: policy gradients for masked diffusion language models, in one file that needs torch alone.
+
+A masked diffusion language model answers a prompt q by starting from n [MASK] tokens and filling them in
+over m denoising steps. AGRPO (arXiv 2510.04019) reads this as a Markov decision process:
+
+    state s_t     the prompt and the completion as the model sees it before step t: some tokens, some [MASK]
+    action a_t    the tokens written at step t, each drawn from the model's distribution at its position
+    reward R      one number for the finished completion
+    gradient      grad J = E[ A * sum_t grad log pi(a_t | s_t) ]        A: how much better than its group
+
+Every factor log pi(a_t | s_t) is exact and costs one forward pass on s_t. No pass serves two steps, so a
+full update needs m of them; AGRPO draws k of the m steps and weights them so that the expectation stays.
+
+    symbol   meaning                                          name in code              shape
+    q, o     prompt, completion                               prompt_ids, completion_ids (B, P), (B, n)
+    n, m     completion length, denoising steps               completion_length, sampling_steps
+    t        timestep, 0 .. m - 1                             t, steps
+    T        horizon: the steps t < T count                   horizon_of()              (B,)
+    G, A     completions per prompt, advantage                num_generations, advantages (B,) or (B, m)
+    k        timesteps drawn per completion                   mc_samples
+    q_t, w   probability of drawing step t, its weight        proposal, weights         (B, m), (B, k)
+    rho, eps probability ratio new / old policy, its clip     ratio, epsilon_low / epsilon_high
+    H        entropy of the distribution a token came from    entropies                 (B, n)
+    V, P, B  vocabulary, prompt length, batch of completions (B = prompts x G)
+
+(The papers write q for the prompt and for the proposal; below, q is the proposal and the prompt is prompt_ids.)
+
+One trajectory, n = 4 tokens in m = 2 steps of two tokens, random order, for the prompt "3 4 = 7":
+
+    t = 0    state  [MASK] [MASK] [MASK] [MASK]     action: position 1 becomes "+", position 3 becomes <eos>
+    t = 1    state  [MASK]   +    [MASK] <eos>      action: position 0 becomes "3", position 2 becomes "4"
+    end               3      +      4    <eos>      reward 1, unmask_step = [1, 0, 1, 0]
+
+The state at t masks every position with unmask_step >= t, so `unmask_step` alone replays the whole trajectory.
+
+Reading order: AGRPOConfig, the policy (token_logprobs), Rollout, rollout, group_advantages, sample_timesteps,
+clipped_objective, accumulate_gradient. A model is any callable (ids, attention_mask, positions) -> logits with
+attributes mask_token_id and eos_token_id; B T (n, V) tensors never exist, logits live at written positions only.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+
+# ------------------------------------------------------------------------------------------------ settings
+
+
+@dataclass
+class AGRPOConfig:
+    """What defines the policy, the estimator and the objective. Raises ValueError on values that cannot work."""
+
+    completion_length: int = 256  # n: tokens of a completion
+    sampling_steps: int = 128  # m: denoising steps; each writes n / m tokens in parallel
+    block_length: int | None = None  # blocks are finished left to right; None: one block of n
+    unmasking: str = "random"  # random | left_to_right | low_confidence (evaluation only): which positions next
+    temperature: float = 1.0  # 0 decodes greedily (evaluation only)
+    top_k: int | None = None  # keep the k likeliest tokens
+    top_p: float = 1.0  # then the fewest whose probability reaches p (needs top_k)
+    num_generations: int = 8  # G: completions per prompt
+    mc_samples: int = 8  # k: timesteps per completion in an update; k >= m takes each step once, exactly
+    importance_sampling: str = "uniform"  # uniform | entropy: how timesteps are drawn
+    low_discrepancy: bool = True  # stratify the k draws within each completion
+    horizon: str = "executed"  # executed | last_non_eos (the paper's, biased)
+    normalization: str = "constant"  # constant (1/m) | trajectory (1/T, the paper's, biased if T varies)
+    epsilon_low: float = 0.2  # the ratio is clipped from below at 1 - epsilon_low
+    epsilon_high: float = 0.2  # and from above at 1 + epsilon_high
+    beta: float = 0.0  # weight of the KL divergence to a reference model
+
+    def __post_init__(self):
+        n, m, blocks = self.completion_length, self.sampling_steps, self.blocks
+        choices = {"unmasking": ("random", "left_to_right", "low_confidence"), "horizon": ("executed", "last_non_eos"),
+                   "importance_sampling": ("uniform", "entropy"), "normalization": ("constant", "trajectory")}  # fmt: skip
+        for name, allowed in choices.items():
+            require(getattr(self, name) in allowed, f"{name} is {getattr(self, name)!r}: choose from {', '.join(allowed)}")
+        require(n >= 1, f"completion_length is {n}: at least 1")
+        require(self.block_length is None or self.block_length >= 1, f"block_length is {self.block_length}: at least 1")
+        require(n % blocks == 0 and n == blocks * (self.block_length or n),
+                f"completion_length {n} is not a multiple of block_length {self.block_length}")  # fmt: skip
+        require(m >= 1 and m % blocks == 0, f"sampling_steps {m} is not a positive multiple of the {blocks} blocks")
+        require(m <= n, f"sampling_steps {m} exceeds completion_length {n}: a step writes at least one token")
+        require(self.num_generations >= 2, f"num_generations is {self.num_generations}: a group needs at least 2")
+        require(self.mc_samples >= 1, f"mc_samples is {self.mc_samples}: at least 1")
+        require(self.temperature >= 0, f"temperature is {self.temperature}: not negative")
+        require(self.top_k is None or self.top_k >= 0, f"top_k is {self.top_k}: not negative")
+        require(0 < self.top_p <= 1, f"top_p is {self.top_p}: in (0, 1]")
+        require(self.top_p == 1 or self.top_k, "top_p needs top_k, which bounds the number of kept ids")
+        require(0 <= self.epsilon_low <= 1, f"epsilon_low is {self.epsilon_low}: in [0, 1]")
+        require(self.epsilon_high >= 0, f"epsilon_high is {self.epsilon_high}: not negative")
+        require(self.beta >= 0, f"beta is {self.beta}: not negative")
+
+    @property
+    def blocks(self):
+        return max(1, self.completion_length // (self.block_length or self.completion_length))
+
+    @property
+    def tokens_per_step(self):
+        """List of m counts. In a block of b positions and s steps the first (b mod s) steps write one token more."""
+        length, steps = self.completion_length // self.blocks, self.sampling_steps // self.blocks
+        return [length // steps + (t < length % steps) for t in range(steps)] * self.blocks
+
+
+def require(condition, message):
+    if not condition:
+        raise ValueError(message)
+
+
+# ---------------------------------------------------------------------------------------------- the policy
+
+
+def token_logprobs(logits, mask_token_id, temperature=1.0, support=None):
+    """log pi(. | s) at N positions: the only softmax here. Rollout, ratio, entropy and KL all go through it.
+
+    logits (N, V); support (N, S) ids the policy is restricted to (-1: unused slot) or None.
+    Returns (N, S), or (N, V) without a support, in float32 or better. [MASK] has probability 0: an answer that
+    contains it would not be finished.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    never = torch.finfo(logits.dtype).min  # finite, so that p log p = 0 * never = 0 where -inf would give nan
+    if support is None:
+        logits = logits.index_fill(-1, torch.tensor(mask_token_id, device=logits.device), never)
+    else:
+        logits = logits.gather(-1, support.clamp(min=0)).masked_fill(support < 0, never)
+    return logits.log_softmax(-1)
+
+
+def kept_ids(logits, mask_token_id, config):
+    """Support (N, top_k) of the policy under top-k, then top-p: ids in the order of their logits, then -1.
+
+    top-p keeps the token that crosses p. None without truncation. The set is a constant of the gradient, which
+    is then exact almost everywhere: it jumps only where two logits tie.
+    """
+    if not config.top_k:
+        return None
+    logits = logits.index_fill(-1, torch.tensor(mask_token_id, device=logits.device), float("-inf"))
+    top, ids = logits.topk(min(config.top_k, logits.shape[-1]))
+    ids = ids.masked_fill(top == float("-inf"), -1)
+    if config.top_p < 1:
+        p = token_logprobs(logits, mask_token_id, config.temperature or 1.0, ids).exp()
+        ids = ids.masked_fill(p.cumsum(-1) - p >= config.top_p, -1)  # mass before the token already reaches p
+    return F.pad(ids, (0, config.top_k - ids.shape[-1]), value=-1)
+
+
+def entropy(logp):
+    """H = - sum_v p_v log p_v in nats, over the last dimension."""
+    return -(logp.exp() * logp).sum(-1)
+
+
+def kl_divergence(logp, logp_reference):
+    """KL(pi || pi_ref) in nats, summed exactly over the vocabulary (the last dimension) instead of estimated."""
+    return (logp.exp() * (logp - logp_reference)).sum(-1)
+
+
+def inverse_cdf(p, u):
+    """Index i with p_0 + .. + p_(i-1) <= u < p_0 + .. + p_i: p (N, S), u (N, k) in [0, 1) -> (N, k).
+
+    In float64: in float32 an entry of about 1e-9 could never be drawn, and u could round up to 1, past the end.
+    An entry of probability 0 is never drawn. p need not sum to 1.
+    """
+    cumulative = p.double().cumsum(-1)
+    u = u.double().clamp(max=1 - 2**-53)  # the largest double below 1: then u * total < total, also after rounding
+    return torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
+
+
+def logits_at(model, ids, prompt_mask, chosen):
+    """Logits (N, V) at the chosen (B, n) completion positions, row by row; no other row of the head is computed."""
+    attention_mask = F.pad(prompt_mask, (0, chosen.shape[1]), value=True)  # (B, P + n)
+    return model(ids, attention_mask=attention_mask, positions=F.pad(chosen, (prompt_mask.shape[1], 0)))
+
+
+# --------------------------------------------------------------------------------------------- the rollout
+
+
+@dataclass
+class Rollout:
+    """B finished trajectories, stored so that every state and action of them can be read back."""
+
+    prompt_ids: torch.Tensor  # (B, P) long, padded on the left
+    prompt_mask: torch.Tensor  # (B, P) bool, False = padding
+    completion_ids: torch.Tensor  # (B, n) long
+    unmask_step: torch.Tensor  # (B, n) long: the step that wrote the position; m = filled in by the early stop
+    logprobs: torch.Tensor  # (B, n): log-probability of each token when it was written, 0 where none was
+    entropies: torch.Tensor  # (B, n): entropy of the distribution it was drawn from, 0 where none was
+    steps_taken: torch.Tensor  # (B,) long: executed steps; fewer than m after an early stop
+    support_ids: torch.Tensor | None = None  # (B, n, top_k) long: kept ids, -1 = unused; None without top_k
+    mask_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    def unmasked_at(self, t):
+        """(B, n) bool: the positions that the action at step t (B,) writes."""
+        return self.unmask_step == t[:, None]
+
+    def state_at(self, t):
+        """(B, P + n) ids that the model saw before step t (B,): what was written at t or later is [MASK]."""
+        return torch.cat([self.prompt_ids, self.completion_ids.where(self.unmask_step < t[:, None], self.mask_token_id)], 1)
+
+    def __getitem__(self, rows):
+        """The same, for some of the rows."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Rollout(**{name: v[rows] if torch.is_tensor(v) else v for name, v in values.items()})
+
+
+def draw_unmask_steps(batch, config, generator):
+    """unmask_step (B, n). Under random and left-to-right unmasking the order does not depend on the policy: it is
+    known before the first forward pass, and no gradient flows through it. Low confidence: m = not yet decided."""
+    n, m = config.completion_length, config.sampling_steps
+    if config.unmasking == "low_confidence":
+        return torch.full((batch, n), m)
+    step_of_slot = torch.arange(m).repeat_interleave(torch.tensor(config.tokens_per_step))  # (n,): slot i is i-th to go
+    slots = step_of_slot.view(1, config.blocks, -1).expand(batch, -1, -1)  # (B, blocks, n / blocks)
+    if config.unmasking == "random":
+        slots = slots.gather(2, uniforms(slots.shape, generator).argsort(2).cpu())
+    return slots.reshape(batch, n)
+
+
+@torch.no_grad()
+def rollout(model, prompt_ids, prompt_mask, config, generator):
+    """Sample one completion per row of prompt_ids (B, P) under the policy: m forward passes, fewer if all rows stop.
+
+    A completion whose block came out all <eos> stops: the rest is filled with <eos> without an action.
+    Low-confidence unmasking draws every masked token of the block and keeps the likeliest ones; temperature 0
+    takes the likeliest token (its log-probability is then recorded at temperature 1). Both serve evaluation.
+    """
+    device, batch, n, m = prompt_ids.device, len(prompt_ids), config.completion_length, config.sampling_steps
+    unmask_step = draw_unmask_steps(batch, config, generator).to(device)
+    run = Rollout(
+        prompt_ids, prompt_mask, torch.full((batch, n), model.mask_token_id, device=device), unmask_step,
+        logprobs=torch.zeros(batch, n, dtype=torch.float64, device=device),
+        entropies=torch.zeros(batch, n, dtype=torch.float64, device=device),
+        steps_taken=torch.zeros(batch, dtype=torch.long, device=device),
+        support_ids=torch.full((batch, n, config.top_k), -1, device=device) if config.top_k else None,
+        mask_token_id=model.mask_token_id, eos_token_id=model.eos_token_id,
+    )  # fmt: skip
+    steps_per_block, block_length = m // config.blocks, n // config.blocks
+    rows = torch.arange(batch, device=device)  # those still running
+    for t in range(m):
+        start = t // steps_per_block * block_length  # of the current block
+        if t % steps_per_block == 0 and t > 0:
+            rows = stop_early(run, rows, start, start - block_length, m)
+        if len(rows) == 0:
+            break
+        in_block = torch.zeros(n, dtype=torch.bool, device=device)
+        in_block[start : start + block_length] = True
+        write_step(model, run, rows, t, in_block, config, generator)
+    return run
+
+
+def stop_early(run, rows, start, previous, m):
+    """Finish the rows whose previous block is all <eos>; returns the rows that go on."""
+    stopped = (run.completion_ids[rows, previous:start] == run.eos_token_id).all(1)
+    run.completion_ids[rows[stopped], start:] = run.eos_token_id
+    run.unmask_step[rows[stopped], start:] = m
+    return rows[~stopped]
+
+
+def write_step(model, run, rows, t, in_block, config, generator):
+    """One denoising step of the given rows (b,), in place: draw the action at t and write it."""
+    ids = run.completion_ids[rows]  # (b, n)
+    lowest = config.unmasking == "low_confidence"
+    chosen = (ids == run.mask_token_id) & in_block if lowest else run.unmask_step[rows] == t  # (b, n), N positions
+    logits = logits_at(model, torch.cat([run.prompt_ids[rows], ids], 1), run.prompt_mask[rows], chosen)  # (N, V)
+    support = kept_ids(logits, run.mask_token_id, config)
+    logp = token_logprobs(logits, run.mask_token_id, config.temperature or 1.0, support)  # (N, S)
+    if config.temperature == 0:
+        index = logp.argmax(-1, keepdim=True)
+    else:
+        # One uniform for every completion and position, used or not: a row's draws do not depend on which others stopped.
+        u = uniforms(run.completion_ids.shape, generator).to(logp.device)[rows][chosen]
+        index = inverse_cdf(logp.double().exp(), u[:, None])
+    tokens = (index if support is None else support.gather(1, index)).squeeze(1)
+    token_logp = logp.gather(1, index).squeeze(1)
+    row, column = chosen.nonzero(as_tuple=True)
+    if lowest:  # every row has equally many candidates: (b, candidates) -> keep the count likeliest
+        confidence = token_logp.view(len(rows), -1)
+        kept = confidence.topk(config.tokens_per_step[t]).indices
+        keep = (kept + torch.arange(len(rows), device=kept.device)[:, None] * confidence.shape[1]).flatten()
+    else:
+        keep = slice(None)
+    where = rows[row[keep]], column[keep]
+    run.completion_ids[where] = tokens[keep]
+    run.unmask_step[where] = t
+    run.logprobs[where] = token_logp[keep].double()
+    run.entropies[where] = entropy(logp)[keep].double()
+    if support is not None:
+        run.support_ids[where] = support[keep]
+    run.steps_taken[rows] += 1
+
+
+def uniforms(shape, generator):
+    return torch.rand(shape, dtype=torch.float64, generator=generator, device=generator.device)
+
+
+# ------------------------------------------------------------------------------- advantages and timesteps
+
+
+def group_advantages(rewards, G, scale_by_std=False):
+    """A = R - mean of the group, rewards (B,) in groups of G neighbours -> (B,). Exactly 0 where a group agrees.
+
+    The mean includes the completion itself: exact direction, scale (G - 1) / G of the leave-one-out baseline.
+    scale_by_std divides by the group's standard deviation (GRPO): that reweights prompts, a bias.
+    """
+    require(bool(torch.isfinite(rewards).all()), "a reward is not finite")
+    groups = rewards.view(-1, G)
+    centred = groups - groups.mean(1, keepdim=True)
+    if scale_by_std:
+        centred = centred / groups.std(1, keepdim=True).clamp(min=torch.finfo(rewards.dtype).tiny)
+    return centred.masked_fill((groups == groups[:, :1]).all(1, keepdim=True), 0).flatten()  # rounding leaves 3e-8
+
+
+def horizon_of(rollout, config):
+    """T (B,): the steps t < T enter the gradient.
+
+    executed: all steps that were taken. last_non_eos (the paper's and the official code's): up to the step that
+    wrote the last token other than <eos>, at least 1. That T depends on the tokens drawn, and the decision to
+    write <eos> gets no gradient: relative bias 0.16 to 0.29 on enumerable models (experiments/exact.py).
+    """
+    if config.horizon == "executed":
+        return rollout.steps_taken
+    text = (rollout.completion_ids != rollout.eos_token_id) & (rollout.unmask_step < config.sampling_steps)
+    return rollout.unmask_step.where(text, 0).amax(1) + 1
+
+
+def proposal(rollout, config):
+    """q (B, m) float64, unnormalised: how likely each step is to be drawn. entropy: the summed entropy of the tokens
+    written at the step (floor 1e-8), large where the model had a choice and the gradient tends to be large."""
+    batch, m = len(rollout.unmask_step), config.sampling_steps
+    q = torch.ones(batch, m + 1, dtype=torch.float64, device=rollout.unmask_step.device)
+    if config.importance_sampling == "entropy":  # column m collects what the early stop filled in
+        q = q.mul(1e-8).scatter_add(1, rollout.unmask_step, rollout.entropies.double())
+    return q[:, :m]
+
+
+def steps_from_uniforms(q, u):
+    """Timesteps (B, k) from the proposal q (B, m) and uniforms u (B, k), by inversion."""
+    return inverse_cdf(q, u)
+
+
+def sample_timesteps(rollout, config, generator):
+    """Draw k timesteps per completion: steps (B, k) long, weights (B, k) float64.
+
+    Importance weights w_j = 1 / (k q_t) / m make E[sum_j w_j f(t_j)] = (1/m) sum_{t < T} f(t) for every f.
+    normalization "trajectory" has 1/T in place of 1/m: the paper's per-trajectory mean, biased where T varies.
+    low_discrepancy: one uniform U per completion, u_j = (j + U) / k. Each u_j alone is uniform, so nothing above
+    changes, but the draws of one completion are spread evenly and their sum varies less.
+    """
+    m, k = config.sampling_steps, config.mc_samples
+    T = horizon_of(rollout, config)[:, None]  # (B, 1)
+    device = T.device
+    q = proposal(rollout, config).where(torch.arange(m, device=device) < T, 0.0)
+    q = q / q.sum(1, keepdim=True)
+    slot = torch.arange(k, device=device)
+    if config.low_discrepancy:
+        u = (slot + uniforms((len(T), 1), generator).to(device)) / k
+    else:
+        u = uniforms((len(T), k), generator).to(device)
+    steps = steps_from_uniforms(q, u)
+    weights = 1 / (k * q.gather(1, steps))
+    # With k >= T there is nothing to estimate: every step once, with weight 1; spare slots weigh 0.
+    exhaustive = k >= T
+    steps = torch.where(exhaustive, slot.minimum(T - 1), steps)
+    weights = torch.where(exhaustive, (slot < T).double(), weights)
+    return steps, weights / (T if config.normalization == "trajectory" else m)
+
+
+# ----------------------------------------------------------------------------- the objective and its gradient
+
+
+def clipped_objective(logp, old_logp, advantage, epsilon_low, epsilon_high):
+    """min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A), rho = pi / pi_old, per token (PPO); to be maximised.
+
+    Right after a rollout rho = 1 and the gradient is A grad log pi: the policy gradient, nothing is clipped.
+    """
+    ratio = (logp - old_logp).exp()
+    return torch.minimum(ratio * advantage, ratio.clamp(1 - epsilon_low, 1 + epsilon_high) * advantage)
+
+
+def accumulate_gradient(model, rollout, advantages, config, generator, micro_batch, reference=None):
+    """Add the gradient of the loss to .grad, `micro_batch` sequences per forward and backward pass; returns statistics.
+
+    loss = - 1/B sum_i sum_j w_ij sum_(tokens written at t_ij) [ clipped_objective - beta KL(pi || pi_ref) ]
+
+    advantages: (B,), or (B, m) for one per step. Unbiased (up to the constant 1/m) for the first update after a
+    rollout; later updates on the same rollout are biased by per-token ratios and the clip, as in PPO. The KL is
+    per state: it is exact at each visited state, and omits how theta changes which states are visited.
+    Steps no optimizer. Raises ValueError for policies whose likelihood it does not have.
+    """
+    require(config.unmasking != "low_confidence", "low_confidence unmasking is for evaluation: which tokens are kept "
+            "depends on what was drawn, so the kept tokens alone are not the action; train with random or left_to_right")  # fmt: skip
+    require(config.temperature > 0, "temperature 0 has no gradient: train with a positive temperature")
+    require(config.beta == 0 or reference is not None, "beta > 0 needs a reference model")
+    rollout = replace(rollout, mask_token_id=model.mask_token_id, eos_token_id=model.eos_token_id)
+    batch, m = len(rollout.unmask_step), config.sampling_steps
+    steps, weights = sample_timesteps(rollout, config, generator)
+    # (B, m): the total weight of each step; a step drawn twice is computed once.
+    weights = torch.zeros(batch, m, dtype=weights.dtype, device=weights.device).scatter_add(1, steps, weights)
+    advantages = advantages.view(batch, -1).expand(batch, m)
+    needed = weights != 0
+    if config.beta == 0:
+        needed &= advantages != 0  # their gradient is exactly 0
+    rows, times = needed.nonzero(as_tuple=True)  # each pair is one sequence to run forward and backward
+    sums, ratio_error = torch.zeros(4, dtype=torch.float64, device=rows.device), 0.0
+    for start in range(0, len(rows), micro_batch):
+        row, t = rows[start : start + micro_batch], times[start : start + micro_batch]
+        loss, ratio, *counts = state_loss(
+            model, rollout[row], t, weights[row, t] / batch, advantages[row, t], config, reference)  # fmt: skip
+        loss.backward()
+        sums += torch.stack([loss.detach(), *counts])
+        ratio_error = max(ratio_error, (ratio - 1).abs().max().item())
+    loss, tokens, clipped, kl = sums.tolist()
+    return {"loss": loss, "clip_fraction": clipped / max(tokens, 1), "kl": kl / max(tokens, 1),
+            "ratio_error": ratio_error, "evaluations": len(rows)}  # fmt: skip
+
+
+def state_loss(model, part, t, weight, advantage, config, reference):
+    """Loss of b states s_t and their actions: part a Rollout of b rows; t, weight, advantage (b,).
+
+    Returns the loss, the ratios (N,), and the numbers of tokens, of clipped tokens and the sum of the KL."""
+    chosen = part.unmasked_at(t)  # (b, n) bool, N positions in all
+    of_token = chosen.nonzero()[:, 0]  # (N,): the row that a position belongs to
+    ids, advantage = part.state_at(t), advantage[of_token]
+    logits = logits_at(model, ids, part.prompt_mask, chosen)  # (N, V)
+    logp, old_logp = policy_logprob(logits, part, chosen, config), part.logprobs[chosen]  # (N,)
+    objective = clipped_objective(logp, old_logp, advantage, config.epsilon_low, config.epsilon_high)
+    kl = torch.zeros_like(objective)
+    if config.beta > 0:
+        with torch.no_grad():
+            reference_logits = logits_at(reference, ids, part.prompt_mask, chosen)
+        # Of the distributions before truncation: the reference may give no mass to what top-k kept here.
+        kl = kl_divergence(
+            token_logprobs(logits, part.mask_token_id, config.temperature),
+            token_logprobs(reference_logits, part.mask_token_id, config.temperature),
+        )
+    loss = -(weight[of_token] * (objective - config.beta * kl)).sum()
+    ratio = (logp.detach() - old_logp).exp()
+    clipped = torch.where(advantage > 0, ratio > 1 + config.epsilon_high, ratio < 1 - config.epsilon_low)
+    return loss, ratio, torch.ones_like(ratio).sum(), clipped.sum(), kl.detach().sum()
+
+
+def policy_logprob(logits, part, chosen, config):
+    """log pi (N,) of the tokens at the chosen positions, under the very distribution they were drawn from."""
+    support = None if part.support_ids is None else part.support_ids[chosen]  # (N, top_k)
+    tokens = part.completion_ids[chosen][:, None]  # (N, 1)
+    index = tokens if support is None else (support == tokens).int().argmax(1, keepdim=True)
+    return token_logprobs(logits, part.mask_token_id, config.temperature, support).gather(1, index).squeeze(1)

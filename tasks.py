@@ -1,0 +1,326 @@
+"""The environments: a prompt goes in, a completion comes out, a reward is computed. No torch here.
+
+    task       question (what the tiny model reads)   completion          reward if correct
+    countdown  "3 12 7 = 16"                          "12+7-3"            3.0
+    sudoku     "0310 2004 0400 1043" (0 is empty)     "4312213434211243"  1.0
+
+The tiny character-level model reads the bare question. An instruction-tuned model reads it below
+a system message that explains it; it may reason first and gives its answer in <answer> tags, and
+chat=True adds credit for form. A completion is hostile input: it is bounded and parsed, never
+evaluated, and what does not parse earns exactly 0.
+
+    task = TASKS["countdown"]
+    example = task.load("test")[0]
+    task.question(example), task.reward("12+7-3", example), task.is_correct("12+7-3", example)
+"""
+
+import functools
+import itertools
+import operator
+import random
+import re
+from fractions import Fraction
+
+SEED = 0  # of every split: two runs, and two machines, see the same examples
+SPLITS = ("train", "validation", "test")
+MAX_ANSWER_LENGTH = 100  # also bounds the parser's recursion, at three calls per character
+
+
+def extract_answer(completion):
+    """What stands in the last complete pair of <answer> tags, or the whole completion without one.
+
+    The last pair, because reasoning may quote the format or try an answer before it commits.
+    Found with rfind: a lazy regular expression takes quadratic time on many opening tags.
+    An answer that is too long to be one becomes "", which no task rewards.
+    """
+    start = completion.rfind("<answer>", 0, max(completion.rfind("</answer>"), 0))
+    if start >= 0:
+        completion = completion[start + len("<answer>") :].partition("</answer>")[0]
+    answer = completion.strip()
+    return answer if len(answer) <= MAX_ANSWER_LENGTH else ""
+
+
+class Task:
+    """What the tasks share. Each adds questions, rewards, system and completion_length (tiny n)."""
+
+    def load(self, split):
+        """The examples of a split, plain dicts in a list of the caller's own."""
+        if split not in SPLITS:
+            raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+        return list(self._split(split))
+
+    def messages(self, example):
+        """The prompt as a chat; the tiny model's template renders the user's message alone."""
+        question = {"role": "user", "content": self.question(example)}
+        return [{"role": "system", "content": self.system}, question]
+
+
+# ---- Countdown ---------------------------------------------------------------------------------
+
+# One row per precedence, what binds loosest first.
+OPERATORS = (
+    {"+": operator.add, "-": operator.sub},
+    {"*": operator.mul, "/": operator.truediv},
+)
+
+
+def evaluate(expression):
+    """The exact value of an arithmetic expression, a Fraction, or None where there is none.
+
+    Integers in ASCII digits without leading zeros, + - * / and parentheses. There is no unary
+    minus: a sign in front would make a number that was not given. Python's own eval would hang
+    on 9**9**9**9; here a second star in a row is an operator without an operand.
+    """
+    allowed = re.fullmatch(r"[0-9+\-*/()\s]+", expression, re.ASCII)
+    if not allowed or len(expression) > MAX_ANSWER_LENGTH:
+        return None
+    tokens = re.findall(r"0|[1-9][0-9]*|\S", expression)[::-1]  # reversed: pop() takes the front
+    try:
+        value = _parse(tokens)
+    except (IndexError, ValueError, ZeroDivisionError):
+        return None
+    return None if tokens else value
+
+
+def _parse(tokens, level=0):
+    """Consume a sum (level 0), a product (1) or an operand (2) from the front; its value."""
+    if level < len(OPERATORS):
+        value = _parse(tokens, level + 1)
+        while tokens and tokens[-1] in OPERATORS[level]:  # left to right: 9-3-2 is (9-3)-2
+            apply = OPERATORS[level][tokens.pop()]
+            value = apply(value, _parse(tokens, level + 1))
+        return value
+    token = tokens.pop()  # IndexError where the expression ends too early
+    if token != "(":
+        return Fraction(int(token))  # ValueError where an operator stands in an operand's place
+    value = _parse(tokens)
+    if tokens.pop() != ")":
+        raise ValueError("a parenthesis is not closed")
+    return value
+
+
+class Countdown(Task):
+    """Reach the target using each of three numbers exactly once.
+
+    {"numbers": [3, 12, 7], "target": 16}   "3 12 7 = 16"   ->   "12+7-3"
+
+    Every target can be reached with + and - alone; an answer may use * / and parentheses too.
+    The splits share no pair of multiset and target, though they do share multisets.
+    """
+
+    MAX_NUMBER = 20
+    NUM_TEST, NUM_VALIDATION = 1000, 500  # all other pairs are for training
+    completion_length = 8  # three numbers of two digits, two operators
+    system = (
+        "You play a number game. A question `a b c = t` gives three numbers and then the target "
+        "t. Build an arithmetic expression that is worth exactly t, with each of the three "
+        "numbers used once and no other number. You may use +, -, *, / and parentheses.\n"
+        "Work it out between <think> and </think>. Then give the expression, an equals sign and "
+        "the target between <answer> and </answer>, and nothing else there. For the question "
+        "`2 9 4 = 7` a good reply is:\n"
+        "<think>9 + 2 = 11 and 11 - 4 = 7.</think>\n<answer>9+2-4=7</answer>"
+    )
+
+    @functools.cache  # noqa: B019 (a task lives as long as the process)
+    def _split(self, split):
+        rng = random.Random(SEED)
+        multisets = itertools.combinations_with_replacement(range(1, self.MAX_NUMBER + 1), 3)
+        pairs = [(m, t) for m in multisets for t in sorted(set(_sums(m).values())) if t > 0]
+        rng.shuffle(pairs)
+        # The numbers are shuffled too: in sorted order their places would tell their sizes.
+        examples = [{"numbers": rng.sample(m, 3), "target": t} for m, t in pairs]
+        held_out = self.NUM_TEST + self.NUM_VALIDATION
+        start, stop = {
+            "test": (0, self.NUM_TEST),
+            "validation": (self.NUM_TEST, held_out),
+            "train": (held_out, None),
+        }[split]
+        return examples[start:stop]
+
+    def question(self, example):
+        return f"{' '.join(map(str, example['numbers']))} = {example['target']}"
+
+    def parse_question(self, text):
+        """The inverse of question, for one typed by a user."""
+        form = r"\s*(\d{1,9})\s+(\d{1,9})\s+(\d{1,9})\s*=\s*(\d{1,9})\s*"
+        match = re.fullmatch(form, text, re.ASCII)
+        *numbers, target = map(int, match.groups()) if match else [0]
+        if not numbers or not all(1 <= number <= self.MAX_NUMBER for number in numbers):
+            problem = f"is not three numbers from 1 to {self.MAX_NUMBER}, '=' and a target"
+        elif target < 1 or target not in _sums(numbers).values():
+            problem = "has a target that is not positive or that + and - cannot reach"
+        else:
+            return {"numbers": numbers, "target": target}
+        raise ValueError(f"{text[:40]!r} {problem}; a valid question is '3 12 7 = 16'")
+
+    def augment(self, example, rng):
+        """The same example with its numbers in a fresh order."""
+        return {"numbers": rng.sample(example["numbers"], 3), "target": example["target"]}
+
+    def solution(self, example, rng):
+        """A correct answer, drawn uniformly from the valid sums in every order of their terms."""
+        sums = _sums(example["numbers"])
+        return rng.choice([sum_ for sum_, value in sums.items() if value == example["target"]])
+
+    def is_correct(self, completion, example):
+        return self.reward(completion, example) == 3.0
+
+    def reward(self, completion, example, chat=False):
+        """3.0 if correct; one third each for an expression, the right numbers, the target.
+
+        The answer is "12+7-3" or "12+7-3=16"; a wrong right-hand side makes it wrong. With
+        chat=True, as in the AGRPO paper, the target's third asks for it behind an equals sign and
+        the thirds come on top: 12+7-3=16 earns 4. The tiny model has no room for "=16", so there
+        the third asks for the value, and the thirds are what a wrong answer earns. Stricter than
+        the paper, which counts allowed characters: what does not parse earns nothing.
+        """
+        left, equals, right = extract_answer(completion).partition("=")
+        value = evaluate(left)
+        if value is None:
+            return 0.0
+        right_numbers = sorted(map(int, re.findall("[0-9]+", left))) == sorted(example["numbers"])
+        stated = right.strip() == str(example["target"])
+        reached = value == example["target"] and (stated or not equals)
+        thirds = (1 + right_numbers + (stated if chat else reached)) / 3
+        if not (reached and right_numbers):
+            return thirds
+        return 3.0 + thirds if chat else 3.0
+
+
+def _sums(numbers):
+    """{"12+7-3": 16, ...}: every order of three numbers, every + and -, no sign in front."""
+    return {
+        f"{a}{'+-'[s < 0]}{b}{'+-'[r < 0]}{c}": a + s * b + r * c
+        for a, b, c in itertools.permutations(numbers)
+        for s, r in itertools.product((1, -1), repeat=2)
+    }
+
+
+# ---- Sudoku 4x4 --------------------------------------------------------------------------------
+
+
+@functools.cache
+def all_grids():
+    """The 288 complete grids, each a string of 16 digits read row by row."""
+
+    def clash(a, b):  # two cells in one row, column or 2x2 box
+        return a // 4 == b // 4 or a % 4 == b % 4 or (a // 8, a % 4 // 2) == (b // 8, b % 4 // 2)
+
+    grids = [""]
+    for cell in range(16):  # all valid first cells, one more each time
+        peers = [earlier for earlier in range(cell) if clash(earlier, cell)]
+        grids = [g + d for g in grids for d in "1234" if all(g[peer] != d for peer in peers)]
+    return grids
+
+
+@functools.cache
+def _grids_with(cell, digit):
+    """Bit mask over all_grids(): those that have this digit in this cell."""
+    return sum(1 << i for i, grid in enumerate(all_grids()) if digit in ("0", grid[cell]))
+
+
+def solutions(puzzle):
+    """Bit mask over all_grids(): those that agree with the clues. Masks make 10^5 checks cheap."""
+    return functools.reduce(operator.and_, map(_grids_with, range(16), puzzle))
+
+
+class Sudoku(Task):
+    """Fill a 4x4 grid so that every row, column and 2x2 box holds 1 to 4; one solution each.
+
+    {"puzzle": "0310200404001043", "solution": "4312213434211243"}
+    "0310 2004 0400 1043"   ->   "4312213434211243"
+
+    The splits share no solution grid. White space and | , ; / - may stand between the digits of
+    an answer; they are skipped and do not count as cells.
+    """
+
+    MIN_BLANKS, MAX_BLANKS = 6, 12  # no puzzle with fewer than four clues has a single solution
+    completion_length = 16
+    system = (
+        "You solve small Sudoku puzzles. A question is a 4x4 grid, written as its four rows from "
+        "top to bottom; a digit from 1 to 4 is given, 0 marks an empty cell. Replace every 0 so "
+        "that each row, each column and each 2x2 corner box contains 1, 2, 3 and 4 once. The "
+        "given digits stay where they are.\n"
+        "Work it out between <think> and </think>. Then write all 16 digits of the full grid, "
+        "row after row, between <answer> and </answer>, and nothing else there. A reply has this "
+        "form:\n<think>your reasoning</think>\n<answer>1234341221434321</answer>"
+    )
+
+    @functools.cache  # noqa: B019
+    def _split(self, split):
+        grids = random.Random(SEED).sample(all_grids(), len(all_grids()))
+        grids, size = {
+            "train": (grids[:200], 20000),
+            "validation": (grids[200:228], 500),
+            "test": (grids[228:], 1000),
+        }[split]
+        rng = random.Random(f"{SEED} {split}")  # its own, so that a split loads without the others
+        puzzles = {}  # by puzzle: none comes twice, which costs train some of its scarce 12 blanks
+        while len(puzzles) < size:
+            example = self.augment({"solution": rng.choice(grids)}, rng)
+            puzzles[example["puzzle"]] = example
+        return list(puzzles.values())
+
+    def question(self, example):
+        return " ".join(example["puzzle"][row : row + 4] for row in range(0, 16, 4))
+
+    def parse_question(self, text):
+        """The inverse of question, for one typed by a user."""
+        puzzle = _without_separators(text)
+        if not re.fullmatch("[0-4]{16}", puzzle) or "0" not in puzzle:
+            problem = "is not 16 cells of 0 to 4 with at least one 0 (empty)"
+        elif (found := solutions(puzzle)).bit_count() != 1:
+            problem = f"has {found.bit_count()} solutions, not one"
+        else:
+            return {"puzzle": puzzle, "solution": all_grids()[found.bit_length() - 1]}
+        raise ValueError(f"{text[:40]!r} {problem}; a valid question is '0310 2004 0400 1043'")
+
+    def augment(self, example, rng):
+        """Fresh blanks for the same grid, redrawn until they leave one solution."""
+        grid = example["solution"]
+        # The number is drawn once: redrawing it too would leave few puzzles with many blanks.
+        blanks = rng.randint(self.MIN_BLANKS, self.MAX_BLANKS)
+        while True:
+            empty = rng.sample(range(16), blanks)
+            puzzle = "".join("0" if cell in empty else digit for cell, digit in enumerate(grid))
+            if solutions(puzzle).bit_count() == 1:
+                return {"puzzle": puzzle, "solution": grid}
+
+    def solution(self, example, rng):
+        return example["solution"]  # the only one: rng has nothing to choose
+
+    def is_correct(self, completion, example):
+        return self._cells(completion) == example["solution"]
+
+    def reward(self, completion, example, chat=False):
+        """Half the share of all 16 cells that are right, half for the exact solution: 0 to 1.
+
+        The clues count as cells here: rewarded on the blanks alone, the tiny model let the clues
+        drift, and exact solutions fell from 20% to 2%. With chat=True it is the AGRPO paper's
+        reward: 3.0 times the share of the blanks that are right, plus up to 1.0 for form.
+        """
+        cells, puzzle, solution = self._cells(completion), example["puzzle"], example["solution"]
+        if not chat:
+            share = sum(map(operator.eq, cells, solution)) / 16
+            return 0.5 * share + 0.5 * (cells == solution)
+        right = sum(c == s for c, s, p in zip(cells, solution, puzzle) if p == "0")
+        return 3.0 * right / puzzle.count("0") + self._form(cells, puzzle)
+
+    def _form(self, cells, puzzle):
+        """A quarter for 16 cells, a quarter for each digit four times, a half for all clues."""
+        if len(cells) != 16:
+            return 0.0
+        balanced = all(cells.count(digit) == 4 for digit in "1234")
+        return 0.25 + 0.25 * balanced + 0.5 * all(p in ("0", c) for c, p in zip(cells, puzzle))
+
+    def _cells(self, completion):
+        """The answer's digits; "" for more than 16, or for anything but digits and separators."""
+        cells = _without_separators(extract_answer(completion))
+        return cells if re.fullmatch("[0-9]{1,16}", cells) else ""
+
+
+def _without_separators(text):
+    return re.sub(r"[\s|,;/-]+", "", text)
+
+
+TASKS = {"countdown": Countdown(), "sudoku": Sudoku()}

@@ -1,0 +1,215 @@
+"""The tasks: splits that do not leak, rewards that are exact, parsers that nothing upsets."""
+
+import ast
+import itertools
+import json
+import operator
+import random
+import subprocess
+import sys
+import time
+from fractions import Fraction
+
+import pytest
+
+from tasks import SPLITS, TASKS, all_grids, evaluate, extract_answer
+
+COUNTDOWN, SUDOKU = TASKS["countdown"], TASKS["sudoku"]
+GAME = {"numbers": [3, 12, 7], "target": 16}
+GRID = {"puzzle": "0310200404001043", "solution": "4312213434211243"}
+HOSTILE = (
+    "", " ", "=16", "9**9**9**9", "(" * 10_000 + "1" + ")" * 10_000, "(" * 50 + "1" + ")" * 50,
+    "(" * 99, "٣+١٢-٧", "3²", "12+7-٣", "3/(7-7)", "3/0", "-3+12+7", "x" * 10**6, "1" * 10**6,
+    "<answer>" * 10**5, "</answer>" * 10**5, "</answer>12+7-3<answer>", "<answer></answer>12+7-3",
+    "__import__('os')", "\x00", "\ud800", "012+7-3", "12 + 7 - 3 or so",
+)  # fmt: skip
+
+
+@pytest.fixture(params=sorted(TASKS))
+def task(request):
+    return TASKS[request.param]
+
+
+# ---- Examples
+
+
+def test_splits_share_no_countdown_pair_and_no_sudoku_grid():
+    pairs = [{(*sorted(e["numbers"]), e["target"]) for e in COUNTDOWN.load(s)} for s in SPLITS]
+    assert [len(p) for p in pairs] == [len(COUNTDOWN.load(s)) for s in SPLITS]  # no pair twice
+    grids = [{e["solution"] for e in SUDOKU.load(s)} for s in SPLITS]
+    for a, b in itertools.combinations(range(3), 2):
+        assert not pairs[a] & pairs[b] and not grids[a] & grids[b]
+
+
+def test_enough_distinct_questions_and_plain_examples(task):
+    assert len({task.question(e) for e in task.load("test")}) >= 500
+    assert len(task.load("train")) > 4000 and len(task.load("validation")) == 500
+    assert json.loads(json.dumps(task.load("test"))) == task.load("test")
+
+
+def test_loading_is_deterministic_across_processes_and_leaves_the_global_generator(task):
+    state = random.getstate()
+    type(task)().load("validation")
+    assert random.getstate() == state
+    code = "import json, tasks; print(json.dumps([t.load('test') for t in tasks.TASKS.values()]))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
+    assert task.load("test") in json.loads(out)
+    task.load("test").clear()  # the list is the caller's own
+    assert task.load("test")
+
+
+def test_unknown_split_is_refused_in_one_line(task):
+    with pytest.raises(ValueError, match="^unknown split 'dev': .*$"):
+        task.load("dev")
+
+
+def test_every_solution_is_correct_fits_and_survives_augmentation(task):
+    rng = random.Random(1)
+    for split in SPLITS:
+        for example in task.load(split)[:500]:
+            augmented = task.augment(example, rng)
+            answer = task.solution(augmented, rng)
+            assert len(answer) <= task.completion_length
+            assert task.is_correct(answer, augmented) and task.is_correct(answer, example)
+            assert task.parse_question(task.question(augmented)) == augmented
+    assert len({task.question(task.augment(example, rng)) for _ in range(100)}) > 1
+
+
+def test_solutions_cover_every_order_of_the_terms():
+    drawn = {COUNTDOWN.solution(GAME, random.Random(seed)) for seed in range(99)}
+    assert drawn == {"12+7-3", "7+12-3", "12-3+7", "7-3+12"}
+
+
+def test_every_puzzle_has_exactly_one_solution():
+    assert len(set(all_grids())) == 288
+
+    def count(cells):  # brute force: fill the first empty cell, look at all twelve units
+        units = [[4 * i + j for j in range(4)] for i in range(4)]
+        units += [*zip(*units), *([i, i + 1, i + 4, i + 5] for i in (0, 2, 8, 10))]
+        for unit in units:
+            filled = [cells[i] for i in unit if cells[i] != "0"]
+            if len(set(filled)) < len(filled):
+                return 0
+        return sum(count(cells.replace("0", d, 1)) for d in "1234") if "0" in cells else 1
+
+    for example in random.Random(2).sample(SUDOKU.load("train") + SUDOKU.load("test"), 60):
+        assert count(example["puzzle"]) == 1 and count(example["solution"]) == 1
+        assert all(p in ("0", s) for p, s in zip(example["puzzle"], example["solution"]))
+        assert 6 <= example["puzzle"].count("0") <= 12
+
+
+# ---- Questions
+
+
+def test_a_typed_question_may_be_spaced_freely():
+    assert COUNTDOWN.parse_question("  3  12 7=16 ") == GAME
+    assert SUDOKU.parse_question(" 0310200404001043\n") == GRID
+    chat = COUNTDOWN.messages(GAME)
+    assert [m["role"] for m in chat] == ["system", "user"] and chat[1]["content"] == "3 12 7 = 16"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("countdown", t) for t in (
+        "3 12 = 16", "3 12 7 5 = 16", "0 12 7 = 16", "3 12 21 = 16", "3 12 -7 = 16", "3 12 7 = 0",
+        "3 12 7 16", "3 12 7 = 99", "٣ 12 7 = 16", "3 12 7 = " + "9" * 5000, "a\nb", "",
+    )] + [("sudoku", t) for t in (
+        "0310 2004 0400 104", "0310 2004 0400 10435", "0310 2004 0400 1045", "3310 2004 0400 1043",
+        "0000 0000 0000 0000", "4312 2134 3421 1243", "٣310 2004 0400 1043", "a\nb", "",
+    )],
+)  # fmt: skip
+def test_a_malformed_question_is_refused_in_one_line_with_a_valid_one(name, text):
+    with pytest.raises(ValueError) as error:
+        TASKS[name].parse_question(text)
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 250
+    assert TASKS[name].parse_question(message.split("'")[-2])
+
+
+# ---- Rewards
+
+
+def test_the_answer_stands_in_the_last_complete_pair_of_tags():
+    assert extract_answer(" 12+7-3\n") == "12+7-3"
+    assert extract_answer("<answer>1</answer> or <answer>\n 2 </answer> so <answer>3") == "2"
+    assert extract_answer("<answer>1 <answer>2</answer></answer>") == "2"
+
+
+@pytest.mark.parametrize(
+    ("answer", "plain", "chat"),
+    [
+        ("12+7-3", 3, 3 + 2 / 3),  # the third for form that is missing asks for "=16"
+        ("12+7-3=16", 3, 4),
+        ("(7 - 3) + 12\n = 16", 3, 4),
+        ("12+7-3=17", 2 / 3, 2 / 3),  # a wrong statement is not correct
+        ("12+7+3", 2 / 3, 2 / 3),
+        ("12+7+3=16", 2 / 3, 1),  # the form credit believes what is stated
+        ("12*7/3-12", 2 / 3, 1 / 3),  # worth 16, but uses 12 twice
+        ("1+1", 1 / 3, 1 / 3),
+        ("12+7-", 0, 0),
+    ],
+)
+def test_countdown_reward(answer, plain, chat):
+    for completion in (answer, f"<think>3+12</think><answer> {answer} </answer>"):
+        assert COUNTDOWN.reward(completion, GAME) == pytest.approx(plain)
+        assert COUNTDOWN.reward(completion, GAME, chat=True) == pytest.approx(chat)
+        assert COUNTDOWN.is_correct(completion, GAME) == (plain == 3)
+
+
+@pytest.mark.parametrize(
+    ("answer", "plain", "chat"),
+    [
+        ("4312213434211243", 1, 4),
+        ("| 4 | 3 | 1 | 2 |\n| 2,1,3,4 |\n 3421 / 1243", 1, 4),
+        ("4312213434211244", 15 / 32, 3 + 0.25),  # the 8 blanks right, a clue changed
+        ("1312213434211243", 15 / 32, 3 * 7 / 8 + 0.75),  # a blank wrong, clues kept
+        ("2314213434211243", 14 / 32, 3 * 6 / 8 + 1),  # two blanks exchanged
+        ("43122134342112", 14 / 32, 3),  # without its last two cells, both clues: no form
+        ("43122134342112431", 0, 0),  # a cell too many is not a grid
+    ],
+)
+def test_sudoku_reward(answer, plain, chat):
+    assert SUDOKU.reward(answer, GRID) == pytest.approx(plain)
+    assert SUDOKU.reward(answer, GRID, chat=True) == pytest.approx(chat)
+    assert SUDOKU.is_correct(answer, GRID) == (plain == 1)
+
+
+def test_hostile_completions_earn_nothing_and_cost_nothing():
+    start = time.perf_counter()
+    for text, chat in itertools.product(HOSTILE, (False, True)):
+        for completion in (text, f"<answer>{text}</answer>"):
+            assert COUNTDOWN.reward(completion, GAME, chat=chat) == 0, completion[:40]
+            assert SUDOKU.reward(completion, GRID, chat=chat) == 0, completion[:40]
+    assert time.perf_counter() - start < 1
+
+
+def oracle(text):
+    """The value by Python's own grammar, walked and never run; None where ours must refuse."""
+    apply = {ast.Add: operator.add, ast.Sub: operator.sub}
+    apply |= {ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+    def walk(node):
+        if isinstance(node, ast.BinOp):
+            return apply[type(node.op)](walk(node.left), walk(node.right))
+        return Fraction(node.value)  # AttributeError for whatever is not a number
+
+    try:
+        return walk(ast.parse(text, mode="eval").body)
+    except (SyntaxError, KeyError, AttributeError, ZeroDivisionError):
+        return None
+
+
+def test_the_parser_agrees_with_pythons_own():
+    rng = random.Random(3)
+
+    def grow(depth):
+        if depth == 0 or rng.random() < 0.2:
+            return str(rng.randint(0, 20))
+        text = f"{grow(depth - 1)}{rng.choice('+-*/')}{grow(depth - 1)}"
+        return f"({text})" if rng.random() < 0.5 else text
+
+    texts = [grow(3) for _ in range(1500)]
+    texts += ["".join(rng.choices("123+-*/()", k=rng.randint(1, 8))) for _ in range(1500)]
+    values = [evaluate(text) for text in texts]
+    assert values == [oracle(text) for text in texts]
+    assert sum(value is not None for value in values) > 1000

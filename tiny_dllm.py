@@ -1,0 +1,211 @@
+"""A masked diffusion language model with LLaDA's architecture and parameter names, in one sitting.
+
+LLaDA (arXiv 2502.09992) is a LLaMA block without the causal mask: every position sees every other, and the
+model predicts all [MASK] tokens at once. The same class is a tiny model trained from scratch on a CPU and,
+with LLaDA-8B's config.json, that model.
+
+    ids (B, L) -> wte -> n_layers x [ x + attention(norm(x)) ; x + mlp(norm(x)) ] -> ln_f -> ff_out -> logits
+
+Reading order: Config, RMSNorm, rotate, Block, MaskedDiffusionLM, diffusion_loss, character_tokenizer.
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# What every model of this structure has in common, in the words of LLaDA's config.json: written on save, and a
+# folder that says otherwise is refused on load instead of being run as something that it is not.
+STRUCTURE = {
+    "model_type": "llada", "block_type": "llama", "layer_norm_type": "rms", "activation_type": "silu", "rope": True,
+    "alibi": False, "include_bias": False, "include_qkv_bias": False, "weight_tying": False, "attention_layer_norm": False,
+}  # fmt: skip
+
+
+@dataclass
+class Config:
+    """Sizes and ids, under LLaDA's names. Raises ValueError where they do not fit together."""
+
+    vocab_size: int
+    mask_token_id: int
+    eos_token_id: int
+    d_model: int = 64  # width of the residual stream
+    n_layers: int = 4
+    n_heads: int = 2
+    mlp_hidden_size: int = 128
+    rope_theta: float = 100.0  # LLaDA-8B: 500000. The longest wavelength of RoPE should match the context length
+    rms_norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        if self.d_model % (2 * self.n_heads):
+            raise ValueError(f"d_model {self.d_model} does not split into {self.n_heads} heads of even size")
+        for name in ("mask_token_id", "eos_token_id"):
+            if not 0 <= getattr(self, name) < self.vocab_size:
+                raise ValueError(f"{name} {getattr(self, name)} is outside the vocabulary of {self.vocab_size}")
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, the division in float32 (or better) whatever the dtype of x."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self.weight * F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(x.dtype)
+
+
+def rope_angles(length, head_size, theta, device):
+    """cos and sin (L, head_size) of position x theta^(-2i / head_size), i < head_size / 2, repeated for both halves."""
+    frequency = theta ** -(torch.arange(0, head_size, 2, device=device, dtype=torch.float64) / head_size)
+    angle = torch.arange(length, device=device, dtype=torch.float64)[:, None] * frequency  # (L, head_size / 2)
+    return torch.cat([angle, angle], 1).cos(), torch.cat([angle, angle], 1).sin()
+
+
+def rotate(x, cos, sin):
+    """RoPE: rotate each pair (x_i, x_(i + half)) of x (B, heads, L, head_size) by its angle, in float32 or better."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + SwiGLU(norm(x)). No biases."""
+
+    def __init__(self, config):
+        super().__init__()
+        d, hidden, self.n_heads = config.d_model, config.mlp_hidden_size, config.n_heads
+        self.attn_norm, self.ff_norm = RMSNorm(d, config.rms_norm_eps), RMSNorm(d, config.rms_norm_eps)
+        self.q_proj, self.k_proj = nn.Linear(d, d, bias=False), nn.Linear(d, d, bias=False)
+        self.v_proj, self.attn_out = nn.Linear(d, d, bias=False), nn.Linear(d, d, bias=False)
+        self.ff_proj, self.up_proj = nn.Linear(d, hidden, bias=False), nn.Linear(d, hidden, bias=False)
+        self.ff_out = nn.Linear(hidden, d, bias=False)
+
+    def forward(self, x, cos, sin, attention_mask):
+        x = x + self.attention(self.attn_norm(x), cos, sin, attention_mask)
+        h = self.ff_norm(x)
+        return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
+
+    def attention(self, h, cos, sin, attention_mask):
+        """Bidirectional: h (B, L, d) -> (B, L, d); attention_mask (B, 1, 1, L) or None hides padding from everyone."""
+        q, k, v = (w(h).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for w in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, heads, L, head_size)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
+        return self.attn_out(mixed.transpose(1, 2).flatten(2))
+
+
+class MaskedDiffusionLM(nn.Module):
+    """The model: a callable from ids to logits, with mask_token_id and eos_token_id as attributes."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.mask_token_id, self.eos_token_id = config, config.mask_token_id, config.eos_token_id
+        transformer = {
+            "wte": nn.Embedding(config.vocab_size, config.d_model),
+            "blocks": nn.ModuleList(Block(config) for _ in range(config.n_layers)),
+            "ln_f": RMSNorm(config.d_model, config.rms_norm_eps),
+            "ff_out": nn.Linear(config.d_model, config.vocab_size, bias=False),
+        }
+        self.model = nn.ModuleDict({"transformer": nn.ModuleDict(transformer)})  # names: model.transformer.blocks.0...
+
+    def init_weights(self, generator):
+        """For training from scratch at tiny size. Standard deviation 0.5 for embeddings and 0.7 / sqrt(fan_in) for
+        linear layers: with GPT's 0.02 everywhere the policy gradient drowned in noise and nothing was learnt."""
+        for module in self.modules():
+            if isinstance(module, (nn.Embedding, nn.Linear)):
+                std = 0.5 if isinstance(module, nn.Embedding) else 0.7 / math.sqrt(module.in_features)
+                nn.init.normal_(module.weight, std=std, generator=generator)
+        return self
+
+    def forward(self, input_ids, attention_mask=None, positions=None):
+        """input_ids (B, L) long; attention_mask (B, L) bool, False = padding; positions (B, L) bool or None.
+
+        Returns logits (B, L, V), or (N, V) at the N True positions in row-major order: with 126,464 words the head
+        is most of the memory, and a step needs a few rows of it.
+        """
+        transformer = self.model.transformer
+        x = transformer.wte(input_ids)  # (B, L, d)
+        angle_dtype = torch.promote_types(x.dtype, torch.float32)
+        cos, sin = rope_angles(
+            input_ids.shape[1], self.config.d_model // self.config.n_heads, self.config.rope_theta, x.device)  # fmt: skip
+        cos, sin = cos.to(angle_dtype), sin.to(angle_dtype)
+        if attention_mask is not None:
+            attention_mask = None if attention_mask.all() else attention_mask[:, None, None, :]  # (B, 1, 1, L)
+        for block in transformer.blocks:
+            x = block(x, cos, sin, attention_mask)
+        return transformer.ff_out(transformer.ln_f(x if positions is None else x[positions]))
+
+    def save_pretrained(self, path):
+        """Write config.json and model.safetensors into the folder `path`, each renamed into place when complete."""
+        from safetensors.torch import save_file
+
+        os.makedirs(path, exist_ok=True)
+        config = STRUCTURE | asdict(self.config) | {"n_kv_heads": self.config.n_heads, "embedding_size": self.config.vocab_size}
+        with open(os.path.join(path, "config.json.tmp"), "w") as file:
+            json.dump(config, file, indent=2)
+        save_file(self.state_dict(), os.path.join(path, "model.safetensors.tmp"), metadata={"format": "pt"})
+        for name in ("model.safetensors", "config.json"):
+            os.replace(os.path.join(path, name + ".tmp"), os.path.join(path, name))
+
+    @classmethod
+    def from_pretrained(cls, path, dtype=None, device="cpu"):
+        """Read such a folder. Raises ValueError, in one line, on another structure and on missing or wrong tensors."""
+        from safetensors.torch import load_file
+
+        with open(os.path.join(path, "config.json")) as file:
+            stored = json.load(file)
+        wrong = {k: stored[k] for k, v in STRUCTURE.items() if stored.get(k, v) != v}
+        if wrong or stored.get("n_kv_heads") not in (None, stored["n_heads"]):
+            raise ValueError(f"{path}/config.json is not of LLaDA's structure: {wrong or 'n_kv_heads differs from n_heads'}")
+        model = cls(Config(**{f.name: stored[f.name] for f in fields(Config) if f.name in stored}))
+        try:
+            model.load_state_dict(load_file(os.path.join(path, "model.safetensors")))
+        except Exception as error:
+            raise ValueError(f"{path}/model.safetensors does not fit: {' '.join(str(error).split())}") from error
+        return model.to(device=device, dtype=dtype)
+
+
+def diffusion_loss(model, prompt_ids, prompt_mask, completion_ids, generator):
+    """LLaDA's training loss, an upper bound on -log p(completion | prompt) per token, in nats (arXiv 2502.09992).
+
+    Each completion draws t in (0, 1], masks every token of it with probability t, and pays the cross-entropy of
+    the masked tokens, divided by t. The prompt is never masked. t is stratified over the batch: t_i = (i + U) / B.
+    prompt_ids, prompt_mask (B, P), completion_ids (B, n).
+    """
+    batch, n = completion_ids.shape
+    t = (torch.arange(batch) + 1 - torch.rand(1, generator=generator)) / batch  # (B,) in (0, 1]
+    masked = torch.rand(batch, n, generator=generator) < t[:, None]  # (B, n)
+    ids = torch.cat([prompt_ids, completion_ids.masked_fill(masked, model.mask_token_id)], 1)
+    attention_mask = F.pad(prompt_mask, (0, n), value=True)
+    logits = model(ids, attention_mask, positions=F.pad(masked, (prompt_ids.shape[1], 0)))  # (N, V)
+    nll = F.cross_entropy(logits, completion_ids[masked], reduction="none")  # (N,)
+    return (nll / t[:, None].expand(-1, n)[masked]).sum() / (batch * n)
+
+
+CHARACTERS = "0123456789+-*/()=. "
+
+
+def character_tokenizer():
+    """A tokenizer of one token per character for the tiny model, with the interface of LLaDA's.
+
+    Its chat template renders <bos> and the last message only, so tiny and LLaDA share apply_chat_template, padding
+    (left) and decode. A character outside CHARACTERS becomes <unk>.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<eos>", "<bos>", "<mask>", "<unk>"]
+    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate([*special, *CHARACTERS])}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, padding_side="left", eos_token="<eos>", pad_token="<eos>", bos_token="<bos>",
+        mask_token="<mask>", unk_token="<unk>", clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    fast.chat_template = "{{ bos_token }}{{ messages[-1]['content'] }}"
+    return fast

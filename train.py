@@ -1,0 +1,427 @@
+"""Train a masked diffusion language model by policy gradients, from nothing, on a laptop.
+
+    python train.py                                          Countdown, about three minutes on two cores
+    python train.py --task sudoku                            4x4 Sudoku, about eight minutes
+    python train.py --evaluate runs/countdown-seed0 --prompt "3 12 7 = 16"
+
+A run trains a tiny base model on worked examples until it can write answers but often errs, measures it, improves
+it with rewards alone (agrpo.py), and measures it again. Reading order: RunConfig, pretrain, reinforce, evaluate, run.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import inspect
+import itertools
+import json
+import math
+import random
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import agrpo
+import tasks
+import tiny_dllm
+from agrpo import AGRPOConfig
+
+# ------------------------------------------------------------------------------------------------ settings
+
+
+@dataclass
+class RunConfig:
+    """What a run does; the comments are its --help. Tasks override some defaults in PRESETS."""
+
+    task: str = "countdown"  # countdown | sudoku
+    model: str = "tiny"  # tiny: trained from scratch here
+    seed: int = 0  # of everything random
+    out: str = ""  # folder of the run; empty: runs/TASK-seedSEED, numbered if taken
+    max_steps: int = 400  # policy-gradient updates
+    learning_rate: float = 5e-4  # peak, AdamW; ten updates of warm-up, then linearly to zero
+    prompts_per_step: int = 32  # prompts per update, each with num_generations completions
+    gradient_clip: float = 1.0  # largest norm of the gradient
+    micro_batch: int = 512  # sequences per forward and backward pass: lower it if memory runs out
+    base_steps: int = 800  # most supervised updates of the base model
+    base_target: float = 1.0  # stop them once validation accuracy of sampled answers reaches this
+    base_learning_rate: float = 3e-3  # peak, AdamW, cosine to zero over base_steps
+    base_batch: int = 128  # worked examples per supervised update
+    eval_every: int = 50  # updates between two validations
+    eval_steps: tuple[int, ...] = (1, 2, 4, 8)  # numbers of sampling steps in the final table
+    evaluate: str = ""  # folder of a finished run: measure it, or answer --prompt, instead of training
+    prompt: str = ""  # with --evaluate: one question to answer
+
+
+PRESETS = {
+    "countdown": {"completion_length": 8, "sampling_steps": 2, "mc_samples": 2},
+    "sudoku": {"completion_length": 16, "sampling_steps": 8, "mc_samples": 2, "eval_steps": (2, 4, 8, 16),
+               "base_target": 0.15, "base_steps": 1000, "max_steps": 600},
+}  # fmt: skip
+
+
+def parse_arguments(argv):
+    """argv -> (RunConfig, AGRPOConfig). Flags, types and help texts are those of the dataclasses; exit code 2 on misuse."""
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)  # fmt: skip
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--task", default=RunConfig.task)  # decides the other defaults
+    preset = PRESETS.get(first.parse_known_args(argv)[0].task, {})
+    for cls, title in ((RunConfig, "the run"), (AGRPOConfig, "the algorithm (agrpo.py)")):
+        group = parser.add_argument_group(title)
+        for field in dataclasses.fields(cls):
+            add_flag(group, field, preset.get(field.name, field.default), comments(cls)[field.name])
+    flags = vars(parser.parse_args(argv))
+    try:
+        run_config, config = (
+            cls(**{f.name: flags[f.name] for f in dataclasses.fields(cls)}) for cls in (RunConfig, AGRPOConfig))  # fmt: skip
+        check(run_config, config)
+    except ValueError as error:
+        parser.error(str(error))
+    return run_config, config
+
+
+def comments(cls):
+    """{field: the comment beside it}: what the reader of the code sees is what the user of --help sees."""
+    return dict(re.findall(r"^    (\w+):[^#\n]*# (.*)$", inspect.getsource(cls), re.MULTILINE))
+
+
+def add_flag(group, field, default, text):
+    kind = {"int | None": int, "tuple[int, ...]": int}.get(str(field.type), field.type)
+    flag, text = "--" + field.name.replace("_", "-"), text.replace("%", "%%")
+    if kind is bool:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
+        return
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    group.add_argument(flag, type=kind, default=default, nargs="+" if isinstance(default, tuple) else None,
+                       metavar=kind.__name__.upper(), help=text + (f" [{shown}]" if shown not in ("", None) else ""))  # fmt: skip
+
+
+def check(run_config, config):
+    """Combinations that no single dataclass can see. Raises ValueError."""
+    if run_config.task not in tasks.TASKS:
+        raise ValueError(f"--task {run_config.task}: choose from {', '.join(tasks.TASKS)}")
+    if run_config.model != "tiny":
+        raise ValueError(f"--model {run_config.model}: only tiny is built so far; LLaDA-8B comes next")
+    if run_config.prompt and not run_config.evaluate:
+        raise ValueError("--prompt needs --evaluate RUN: which run should answer?")
+    if config.unmasking == "low_confidence" or config.temperature == 0:
+        raise ValueError("--unmasking low_confidence and --temperature 0 are for evaluation, which uses them anyway")
+    for name in ("prompts_per_step", "micro_batch", "base_batch", "eval_every"):
+        if getattr(run_config, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    for steps in run_config.eval_steps:
+        replace(config, sampling_steps=steps)
+
+
+# ---------------------------------------------------------------------------------------------------- text
+
+
+def encode(tokenizer, task, examples):
+    """Prompts of the examples: ids (B, P) long and mask (B, P) bool, padded on the left."""
+    chats = [task.messages(example) for example in examples]
+    batch = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True)  # fmt: skip
+    return batch["input_ids"], batch["attention_mask"].bool()
+
+
+def decode(tokenizer, completion_ids):
+    return tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+
+
+def streams(seed, purpose):
+    """Random numbers of one purpose: (random.Random, torch.Generator). Separate, so that a cached base model, one
+    evaluation more or a resumed run changes no other number."""
+    rng = random.Random(f"{purpose} {seed}")
+    return rng, torch.Generator().manual_seed(rng.getrandbits(62))
+
+
+# ------------------------------------------------------------------------------------------- measuring
+
+
+def measure(model, tokenizer, task, examples, config, seed):
+    """Share of correct answers, {"sampled": at temperature 1 in random order, "greedy": likeliest tokens first}."""
+    greedy = replace(config, unmasking="low_confidence", temperature=0.0)
+    return {name: accuracy(model, tokenizer, task, examples, c, seed) for name, c in (("sampled", config), ("greedy", greedy))}
+
+
+def accuracy(model, tokenizer, task, examples, config, seed, batch=500):
+    """Share of the examples that the model answers correctly, one completion each."""
+    _, generator = streams(seed, "evaluation")
+    correct = 0
+    for start in range(0, len(examples), batch):
+        chunk = examples[start : start + batch]
+        run = agrpo.rollout(model, *encode(tokenizer, task, chunk), config, generator)
+        correct += sum(map(task.is_correct, decode(tokenizer, run.completion_ids), chunk))
+    return correct / len(examples)
+
+
+def by_sampling_steps(model, tokenizer, task, run_config, config, examples):
+    """{steps: {"sampled", "greedy"}} for the steps trained with and every entry of --eval-steps."""
+    table = {}
+    for steps in tqdm(sorted({*run_config.eval_steps, config.sampling_steps}), desc="testing", leave=False):
+        table[str(steps)] = measure(model, tokenizer, task, examples, replace(config, sampling_steps=steps), run_config.seed)
+    return table
+
+
+# ----------------------------------------------------------------------------------- the supervised base model
+
+
+def base_model(run_config, config, task, tokenizer, cache):
+    """The tiny base model: trained from scratch, or read from the folder `cache` if the same settings trained one."""
+    model_config = tiny_dllm.Config(len(tokenizer), tokenizer.mask_token_id, tokenizer.eos_token_id)
+    settings = {k: v for k, v in asdict(run_config).items() if k.startswith("base_") or k in ("task", "seed", "eval_every")}
+    settings |= {"model": asdict(model_config), "policy": asdict(config) if run_config.base_target < 1 else None}
+    source = Path(tiny_dllm.__file__).read_bytes() + Path(tasks.__file__).read_bytes()
+    key = hashlib.sha256(json.dumps(settings).encode() + source).hexdigest()[:12]
+    folder = cache / f"base-{run_config.task}-{key}"
+    if folder.exists():
+        print(f"base model: reusing {folder}")
+        return tiny_dllm.MaskedDiffusionLM.from_pretrained(folder)
+    model = pretrain(tiny_dllm.MaskedDiffusionLM(model_config), run_config, config, task, tokenizer)
+    unfinished = folder.with_suffix(".tmp")
+    model.save_pretrained(unfinished)
+    unfinished.rename(folder)
+    return model
+
+
+def pretrain(model, run_config, config, task, tokenizer):
+    """Supervised training on worked examples with LLaDA's loss, until base_target or for base_steps updates."""
+    rng, generator = streams(run_config.seed, "base")
+    model.init_weights(generator)
+    examples, validation = task.load("train"), task.load("validation")
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    bar = tqdm(range(run_config.base_steps), desc="base model")
+    for step in bar:
+        decay = 0.5 + 0.5 * math.cos(math.pi * step / run_config.base_steps)
+        optimizer.param_groups[0]["lr"] = run_config.base_learning_rate * min(1, (step + 1) / 50) * decay
+        batch = [task.augment(example, rng) for example in rng.choices(examples, k=run_config.base_batch)]
+        answers = tokenizer(
+            [task.solution(example, rng) for example in batch], padding="max_length", padding_side="right",
+            max_length=config.completion_length, return_tensors="pt")["input_ids"]  # fmt: skip
+        loss = tiny_dllm.diffusion_loss(model, *encode(tokenizer, task, batch), answers, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+        optimizer.step()
+        if run_config.base_target < 1 and (step + 1) % run_config.eval_every == 0:
+            sampled = accuracy(model, tokenizer, task, validation, config, run_config.seed)
+            bar.set_postfix(loss=f"{loss.item():.2f}", validation=f"{sampled:.0%}")
+            if sampled >= run_config.base_target:
+                break
+        elif step % 10 == 0:
+            bar.set_postfix(loss=f"{loss.item():.2f}")
+    return model
+
+
+# ------------------------------------------------------------------------------------------- policy gradients
+
+
+def reinforce(model, run_config, config, task, tokenizer, folder):
+    """max_steps policy-gradient updates, in place. Every update appends its numbers to metrics.jsonl; returns them."""
+    rng, generator = streams(run_config.seed, "reinforce")
+    examples, validation = task.load("train"), task.load("validation")
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    history = []
+    bar = tqdm(range(run_config.max_steps), desc="AGRPO")
+    with open(folder / "metrics.jsonl", "w") as log:
+        for step in bar:
+            started = time.perf_counter()
+            optimizer.param_groups[0]["lr"] = learning_rate(run_config, step)
+            prompts = [task.augment(example, rng) for example in rng.choices(examples, k=run_config.prompts_per_step)]
+            metrics = {"step": step + 1} | update(model, optimizer, prompts, run_config, config, task, tokenizer, generator)
+            metrics["seconds"] = time.perf_counter() - started
+            if (step + 1) % run_config.eval_every == 0:
+                metrics["validation"] = measure(model, tokenizer, task, validation, config, run_config.seed)
+            history.append(metrics)
+            log.write(json.dumps(metrics) + "\n")
+            log.flush()
+            bar.set_postfix({name: f"{metrics[name]:.2f}" for name in ("reward", "accuracy", "entropy", "signal")})
+    return history
+
+
+def learning_rate(run_config, step):
+    """Ten updates of warm-up, then linearly to zero."""
+    return run_config.learning_rate * min((step + 1) / 10, 1, 1 - step / run_config.max_steps)
+
+
+def update(model, optimizer, prompts, run_config, config, task, tokenizer, generator):
+    """One update: roll out, reward, compare within groups, follow the gradient. Returns the metrics of the step."""
+    G = config.num_generations
+    ids, mask = encode(tokenizer, task, prompts)
+    run = agrpo.rollout(model, ids.repeat_interleave(G, 0), mask.repeat_interleave(G, 0), config, generator)
+    answers = list(zip(decode(tokenizer, run.completion_ids), [p for p in prompts for _ in range(G)], strict=True))
+    rewards = torch.tensor([task.reward(*answer) for answer in answers])
+    advantages = agrpo.group_advantages(rewards, G)
+    optimizer.zero_grad()
+    stats = agrpo.accumulate_gradient(model, run, advantages, config, generator, run_config.micro_batch)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run_config.gradient_clip, error_if_nonfinite=True)
+    optimizer.step()
+    written = run.unmask_step < config.sampling_steps
+    return {
+        "reward": rewards.mean().item(),
+        "accuracy": sum(task.is_correct(*answer) for answer in answers) / len(answers),
+        "entropy": run.entropies[written].mean().item(),  # nats per written token
+        "signal": (advantages.view(-1, G) != 0).any(1).float().mean().item(),  # share of groups that disagree
+        "gradient_norm": norm.item(),  # before clipping
+        "learning_rate": optimizer.param_groups[0]["lr"],
+        **stats,
+    }
+
+
+# -------------------------------------------------------------------------------------------- what a run shows
+
+
+def print_trajectory(run, tokenizer, row=0):
+    """One completion as it appears: `_` is [MASK], `.` is <eos>."""
+
+    def text(ids):
+        special = {run.mask_token_id: "_", run.eos_token_id: "."}
+        return "".join(special.get(i) or tokenizer.decode([i]) for i in ids)
+
+    for t in range(int(run.steps_taken[row]) + 1):
+        seen = run.state_at(torch.full((len(run.unmask_step),), t))[row, run.prompt_ids.shape[1] :]
+        print(f"    before step {t}   {text(seen.tolist())}" if t < run.steps_taken[row] else f"    finished        {text(seen.tolist())}")
+
+
+def draw_curve(history, base, final, path):
+    """curve.png: accuracy above; entropy and the share of groups with signal, which explain where it stops, below."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        return "no picture: it needs matplotlib (pip install matplotlib)"
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    steps = [metrics["step"] for metrics in history]
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, height_ratios=(2, 1))
+    top.plot(steps, [metrics["accuracy"] for metrics in history], color="0.8", label="rollouts, training prompts")
+    checked = [metrics for metrics in history if "validation" in metrics]
+    for kind, color in (("sampled", "C0"), ("greedy", "C1")):
+        top.plot([0, *(m["step"] for m in checked)], [math.nan, *(m["validation"][kind] for m in checked)], "o-", ms=3,
+                 color=color, label=f"{kind}, validation prompts")  # fmt: skip
+        top.plot([0, len(history)], [base[kind], final[kind]], "*", ms=11, color=color, label=f"{kind}, test prompts")
+    top.set(ylabel="share of correct answers", ylim=(0, 1))
+    top.legend(fontsize=8)
+    bottom.plot(steps, [metrics["entropy"] for metrics in history], color="C2", label="entropy, nats per token")
+    bottom.plot(steps, [metrics["signal"] for metrics in history], color="C3", label="share of groups with signal")
+    bottom.set(xlabel="policy-gradient updates", ylim=(0, None))
+    bottom.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return f"learning curve: {path}"
+
+
+def print_table(table):
+    """Base against trained, test prompts, by number of sampling steps."""
+    models = list(next(iter(table.values())))
+    print("\n" + "test accuracy".ljust(16) + "".join(f"{model:>11} sampled{model:>11} greedy" for model in models))
+    for steps, row in table.items():
+        cells = "".join(f"{row[model]['sampled']:>19.1%}{row[model]['greedy']:>18.1%}" for model in models)
+        print(f"{steps:>3} steps".ljust(16) + cells)
+
+
+# -------------------------------------------------------------------------------------------------- programs
+
+
+def run(run_config, config):
+    """The main job: base model, test, reinforce, test, and everything a person would want to look at."""
+    started = time.perf_counter()
+    torch.set_num_threads(min(4, torch.get_num_threads()))  # a tiny model gains nothing from more
+    task, folder = tasks.TASKS[run_config.task], new_folder(run_config)
+    tokenizer = tiny_dllm.character_tokenizer()
+    write_json(folder / "config.json", {"run": asdict(run_config), "algorithm": asdict(config)})
+    model = base_model(run_config, config, task, tokenizer, cache=folder.parent)
+    test = task.load("test")
+    tables = {"base": by_sampling_steps(model, tokenizer, task, run_config, config, test)}
+    history = reinforce(model, run_config, config, task, tokenizer, folder)
+    tables["final"] = by_sampling_steps(model, tokenizer, task, run_config, config, test)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    m = str(config.sampling_steps)
+    summary = {
+        "task": run_config.task, "model": run_config.model, "seed": run_config.seed, "steps": len(history),
+        "seconds": time.perf_counter() - started, "base": tables["base"][m], "final": tables["final"][m],
+        "by_sampling_steps": {steps: {name: table[steps] for name, table in tables.items()} for steps in tables["base"]},
+    }  # fmt: skip
+    write_json(folder / "summary.json", summary)
+    picture = draw_curve(history, summary["base"], summary["final"], folder / "curve.png")
+    print_table(summary["by_sampling_steps"])
+    print("\na test question, answered by the trained model:")
+    answer(model, tokenizer, task, test[0], config, run_config.seed)
+    print(f"\n{picture}\nask it yourself: python train.py --evaluate {folder} --prompt \"{task.question(test[1])}\"")
+    print(f"done in {summary['seconds']:.0f} s: sampled {summary['base']['sampled']:.1%} -> {summary['final']['sampled']:.1%}, "
+          f"greedy {summary['base']['greedy']:.1%} -> {summary['final']['greedy']:.1%}")  # fmt: skip
+
+
+def evaluate(run_config):
+    """Measure a finished run on the test prompts, or answer one typed question with it."""
+    from transformers import PreTrainedTokenizerFast
+
+    folder = Path(run_config.evaluate)
+    with open(folder / "config.json") as file:
+        stored = json.load(file)
+    config, task = AGRPOConfig(**stored["algorithm"]), tasks.TASKS[stored["run"]["task"]]
+    model = tiny_dllm.MaskedDiffusionLM.from_pretrained(folder / "model")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "model")
+    if run_config.prompt:
+        answer(model, tokenizer, task, task.parse_question(run_config.prompt), config, run_config.seed)
+        return
+    run_config = replace(run_config, seed=stored["run"]["seed"], eval_steps=stored["run"]["eval_steps"])
+    table = by_sampling_steps(model, tokenizer, task, run_config, config, task.load("test"))
+    print_table({steps: {"final": row} for steps, row in table.items()})
+
+
+def answer(model, tokenizer, task, example, config, seed):
+    """Show the greedy completion of one question appear step by step, and whether it is right."""
+    greedy = replace(config, unmasking="low_confidence", temperature=0.0)
+    shown = agrpo.rollout(model, *encode(tokenizer, task, [example]), greedy, streams(seed, "answer")[1])
+    text = decode(tokenizer, shown.completion_ids)[0]
+    print(f"    question        {task.question(example)}")
+    print_trajectory(shown, tokenizer)
+    print(f"    answer          {text}   {'correct' if task.is_correct(text, example) else 'wrong'}")
+
+
+def new_folder(run_config):
+    """Make the folder of the run; a folder that already holds one is never touched."""
+    if run_config.out:
+        folder = Path(run_config.out)
+        if (folder / "config.json").exists():
+            raise ValueError(f"{folder} already holds a run: choose another --out, or remove it")
+    else:
+        name = f"{run_config.task}-seed{run_config.seed}"
+        taken = (Path("runs") / (f"{name}-{i}" if i > 1 else name) for i in itertools.count(1))
+        folder = next(path for path in taken if not path.exists())
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_json(path, value):
+    """Write beside and rename, so that the file is whole whenever it is there."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(json.dumps(value, indent=2) + "\n")
+    unfinished.replace(path)
+
+
+def main(argv=None):
+    run_config, config = parse_arguments(argv)
+    try:
+        if run_config.evaluate:
+            evaluate(run_config)
+        else:
+            run(run_config, config)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ntrain.py: interrupted; the numbers so far are in the run's metrics.jsonl", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
