@@ -1,41 +1,42 @@
 """AGRPO: policy gradients for masked diffusion language models, in one file that needs torch alone.
 
-A masked diffusion language model answers a prompt q by starting from n [MASK] tokens and filling them in
-over m denoising steps. AGRPO (arXiv 2510.04019) reads this as a Markov decision process:
+A masked diffusion language model answers a prompt by starting from n [MASK] tokens and filling them in over
+m denoising steps. AGRPO (arXiv 2510.04019) reads this as a Markov decision process:
 
     state s_t     the prompt and the completion as the model sees it before step t: some tokens, some [MASK]
     action a_t    the tokens written at step t, each drawn from the model's distribution at its position
     reward R      one number for the finished completion
-    gradient      grad J = E[ A * sum_t grad log pi(a_t | s_t) ]        A: how much better than its group
+    gradient      grad J = E[ A sum_t grad log pi(a_t | s_t) ],    A: how much better R is than its group's mean
 
-Every factor log pi(a_t | s_t) is exact and costs one forward pass on s_t. No pass serves two steps, so a
-full update needs m of them; AGRPO draws k of the m steps and weights them so that the expectation stays.
+Every log pi(a_t | s_t) is exact and costs one forward pass on s_t. No pass serves two steps, so the full sum
+needs m of them; AGRPO draws k of the m steps and weights them so that the expectation stays what it was.
 
-    symbol   meaning                                          name in code              shape
-    q, o     prompt, completion                               prompt_ids, completion_ids (B, P), (B, n)
-    n, m     completion length, denoising steps               completion_length, sampling_steps
-    t        timestep, 0 .. m - 1                             t, steps
-    T        horizon: the steps t < T count                   horizon_of()              (B,)
-    G, A     completions per prompt, advantage                num_generations, advantages (B,) or (B, m)
-    k        timesteps drawn per completion                   mc_samples
-    q_t, w   probability of drawing step t, its weight        proposal, weights         (B, m), (B, k)
-    rho, eps probability ratio new / old policy, its clip     ratio, epsilon_low / epsilon_high
-    H        entropy of the distribution a token came from    entropies                 (B, n)
-    V, P, B  vocabulary, prompt length, batch of completions (B = prompts x G)
+    symbol   meaning                                       name in code                   shape
+    o        completion                                    completion_ids                 (B, n)
+    n, m     completion length, denoising steps            completion_length, sampling_steps
+    t        timestep, 0 .. m - 1                          t, steps                       (B,), (B, k)
+    T        horizon: steps t < T enter the gradient       horizon_of                     (B,)
+    G, A     completions per prompt, advantage             num_generations, advantages    (B,) or (B, m)
+    k        timesteps drawn per completion                mc_samples
+    q_t, w   probability of drawing step t, its weight     proposal, weights              (B, m), (B, k)
+    rho      probability ratio, new over old policy        ratio                          (N,)
+    eps      its clip                                      epsilon_low, epsilon_high
+    H        entropy of the distribution behind a token    entropies                      (B, n)
 
-(The papers write q for the prompt and for the proposal; below, q is the proposal and the prompt is prompt_ids.)
+B completions (prompts x G), P prompt tokens, V words, N positions chosen somewhere in a batch. (The papers
+also write q for the prompt; here q is the proposal alone.)
 
-One trajectory, n = 4 tokens in m = 2 steps of two tokens, random order, for the prompt "3 4 = 7":
+One trajectory: the prompt "3 4 = 7", n = 4 tokens, m = 2 steps of two tokens each, in random order:
 
     t = 0    state  [MASK] [MASK] [MASK] [MASK]     action: position 1 becomes "+", position 3 becomes <eos>
     t = 1    state  [MASK]   +    [MASK] <eos>      action: position 0 becomes "3", position 2 becomes "4"
-    end               3      +      4    <eos>      reward 1, unmask_step = [1, 0, 1, 0]
+    end               3      +      4    <eos>      reward 1; unmask_step = [1, 0, 1, 0]
 
-The state at t masks every position with unmask_step >= t, so `unmask_step` alone replays the whole trajectory.
+The state at t masks every position with unmask_step >= t: one integer per token replays the trajectory.
 
-Reading order: AGRPOConfig, the policy (token_logprobs), Rollout, rollout, group_advantages, sample_timesteps,
-clipped_objective, accumulate_gradient. A model is any callable (ids, attention_mask, positions) -> logits with
-attributes mask_token_id and eos_token_id; B T (n, V) tensors never exist, logits live at written positions only.
+Reading order: AGRPOConfig, token_logprobs, Rollout, rollout, group_advantages, sample_timesteps,
+clipped_objective, accumulate_gradient. A model is any callable (ids, attention_mask=, positions=) -> logits with
+the attributes mask_token_id and eos_token_id. Logits exist for the positions being written and for no others.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -68,16 +69,23 @@ class AGRPOConfig:
     beta: float = 0.0  # weight of the KL divergence to a reference model
 
     def __post_init__(self):
-        n, m, blocks = self.completion_length, self.sampling_steps, self.blocks
-        choices = {"unmasking": ("random", "left_to_right", "low_confidence"), "horizon": ("executed", "last_non_eos"),
-                   "importance_sampling": ("uniform", "entropy"), "normalization": ("constant", "trajectory")}  # fmt: skip
+        n, m = self.completion_length, self.sampling_steps
+        choices = {
+            "unmasking": ("random", "left_to_right", "low_confidence"),
+            "importance_sampling": ("uniform", "entropy"),
+            "horizon": ("executed", "last_non_eos"),
+            "normalization": ("constant", "trajectory"),
+        }
         for name, allowed in choices.items():
-            require(getattr(self, name) in allowed, f"{name} is {getattr(self, name)!r}: choose from {', '.join(allowed)}")
+            value = getattr(self, name)
+            require(value in allowed, f"{name} is {value!r}: choose from {', '.join(allowed)}")
         require(n >= 1, f"completion_length is {n}: at least 1")
-        require(self.block_length is None or self.block_length >= 1, f"block_length is {self.block_length}: at least 1")
-        require(n % blocks == 0 and n == blocks * (self.block_length or n),
-                f"completion_length {n} is not a multiple of block_length {self.block_length}")  # fmt: skip
-        require(m >= 1 and m % blocks == 0, f"sampling_steps {m} is not a positive multiple of the {blocks} blocks")
+        block = n if self.block_length is None else self.block_length
+        require(block >= 1 and n % block == 0, f"completion_length {n} is not a multiple of block_length {block}")
+        require(
+            m >= 1 and m % (n // block) == 0,
+            f"sampling_steps {m} is not a positive multiple of the {n // block} blocks",
+        )
         require(m <= n, f"sampling_steps {m} exceeds completion_length {n}: a step writes at least one token")
         require(self.num_generations >= 2, f"num_generations is {self.num_generations}: a group needs at least 2")
         require(self.mc_samples >= 1, f"mc_samples is {self.mc_samples}: at least 1")
@@ -91,11 +99,12 @@ class AGRPOConfig:
 
     @property
     def blocks(self):
-        return max(1, self.completion_length // (self.block_length or self.completion_length))
+        """Number of blocks of the completion."""
+        return self.completion_length // (self.block_length or self.completion_length)
 
     @property
     def tokens_per_step(self):
-        """List of m counts. In a block of b positions and s steps the first (b mod s) steps write one token more."""
+        """m counts. In a block of b positions and s steps, the first (b mod s) steps write one token more."""
         length, steps = self.completion_length // self.blocks, self.sampling_steps // self.blocks
         return [length // steps + (t < length % steps) for t in range(steps)] * self.blocks
 
@@ -192,7 +201,8 @@ class Rollout:
 
     def state_at(self, t):
         """(B, P + n) ids that the model saw before step t (B,): what was written at t or later is [MASK]."""
-        return torch.cat([self.prompt_ids, self.completion_ids.where(self.unmask_step < t[:, None], self.mask_token_id)], 1)
+        seen = self.completion_ids.where(self.unmask_step < t[:, None], self.mask_token_id)
+        return torch.cat([self.prompt_ids, seen], 1)
 
     def __getitem__(self, rows):
         """The same, for some of the rows."""
@@ -201,16 +211,18 @@ class Rollout:
 
 
 def draw_unmask_steps(batch, config, generator):
-    """unmask_step (B, n). Under random and left-to-right unmasking the order does not depend on the policy: it is
-    known before the first forward pass, and no gradient flows through it. Low confidence: m = not yet decided."""
+    """unmask_step (B, n): which step writes which position; under low confidence m, for not yet decided.
+
+    Random and left-to-right order do not depend on the policy, so they are known before the first forward pass
+    and no gradient flows through them."""
     n, m = config.completion_length, config.sampling_steps
     if config.unmasking == "low_confidence":
         return torch.full((batch, n), m)
-    step_of_slot = torch.arange(m).repeat_interleave(torch.tensor(config.tokens_per_step))  # (n,): slot i is i-th to go
-    slots = step_of_slot.view(1, config.blocks, -1).expand(batch, -1, -1)  # (B, blocks, n / blocks)
+    step_of_slot = torch.arange(m).repeat_interleave(torch.tensor(config.tokens_per_step))  # (n,)
+    slots = step_of_slot.view(1, config.blocks, -1).repeat(batch, 1, 1)  # (B, blocks, n / blocks)
     if config.unmasking == "random":
         slots = slots.gather(2, uniforms(slots.shape, generator).argsort(2).cpu())
-    return slots.reshape(batch, n)
+    return slots.view(batch, n)
 
 
 @torch.no_grad()
@@ -222,15 +234,19 @@ def rollout(model, prompt_ids, prompt_mask, config, generator):
     takes the likeliest token (its log-probability is then recorded at temperature 1). Both serve evaluation.
     """
     device, batch, n, m = prompt_ids.device, len(prompt_ids), config.completion_length, config.sampling_steps
-    unmask_step = draw_unmask_steps(batch, config, generator).to(device)
+    empty = torch.zeros(batch, n, dtype=torch.float64, device=device)  # exact for float32 and float64 models
     run = Rollout(
-        prompt_ids, prompt_mask, torch.full((batch, n), model.mask_token_id, device=device), unmask_step,
-        logprobs=torch.zeros(batch, n, dtype=torch.float64, device=device),
-        entropies=torch.zeros(batch, n, dtype=torch.float64, device=device),
+        prompt_ids,
+        prompt_mask,
+        completion_ids=torch.full((batch, n), model.mask_token_id, device=device),
+        unmask_step=draw_unmask_steps(batch, config, generator).to(device),
+        logprobs=empty.clone(),
+        entropies=empty.clone(),
         steps_taken=torch.zeros(batch, dtype=torch.long, device=device),
         support_ids=torch.full((batch, n, config.top_k), -1, device=device) if config.top_k else None,
-        mask_token_id=model.mask_token_id, eos_token_id=model.eos_token_id,
-    )  # fmt: skip
+        mask_token_id=model.mask_token_id,
+        eos_token_id=model.eos_token_id,
+    )
     steps_per_block, block_length = m // config.blocks, n // config.blocks
     rows = torch.arange(batch, device=device)  # those still running
     for t in range(m):
@@ -254,33 +270,33 @@ def stop_early(run, rows, start, previous, m):
 
 
 def write_step(model, run, rows, t, in_block, config, generator):
-    """One denoising step of the given rows (b,), in place: draw the action at t and write it."""
+    """One denoising step of the rows (b,) that still run, in place: draw the action at t and write it."""
     ids = run.completion_ids[rows]  # (b, n)
-    lowest = config.unmasking == "low_confidence"
-    chosen = (ids == run.mask_token_id) & in_block if lowest else run.unmask_step[rows] == t  # (b, n), N positions
-    logits = logits_at(model, torch.cat([run.prompt_ids[rows], ids], 1), run.prompt_mask[rows], chosen)  # (N, V)
-    support = kept_ids(logits, run.mask_token_id, config)
-    logp = token_logprobs(logits, run.mask_token_id, config.temperature or 1.0, support)  # (N, S)
+    low_confidence = config.unmasking == "low_confidence"
+    candidates = (ids == run.mask_token_id) & in_block if low_confidence else run.unmask_step[rows] == t
+    logits = logits_at(model, torch.cat([run.prompt_ids[rows], ids], 1), run.prompt_mask[rows], candidates)
+    support = kept_ids(logits, run.mask_token_id, config)  # (N, top_k) or None
+    logp = token_logprobs(logits, run.mask_token_id, config.temperature or 1.0, support)  # (N, V or top_k)
     if config.temperature == 0:
-        index = logp.argmax(-1, keepdim=True)
+        index = logp.argmax(1, keepdim=True)
     else:
-        # One uniform for every completion and position, used or not: a row's draws do not depend on which others stopped.
-        u = uniforms(run.completion_ids.shape, generator).to(logp.device)[rows][chosen]
+        # A uniform for every position, used or not: a row's draws must not depend on which others stopped.
+        u = uniforms(run.completion_ids.shape, generator).to(logp.device)[rows][candidates]
         index = inverse_cdf(logp.double().exp(), u[:, None])
-    tokens = (index if support is None else support.gather(1, index)).squeeze(1)
+    tokens = (index if support is None else support.gather(1, index)).squeeze(1)  # (N,)
     token_logp = logp.gather(1, index).squeeze(1)
-    row, column = chosen.nonzero(as_tuple=True)
-    if lowest:  # every row has equally many candidates: (b, candidates) -> keep the count likeliest
-        confidence = token_logp.view(len(rows), -1)
-        kept = confidence.topk(config.tokens_per_step[t]).indices
-        keep = (kept + torch.arange(len(rows), device=kept.device)[:, None] * confidence.shape[1]).flatten()
-    else:
-        keep = slice(None)
-    where = rows[row[keep]], column[keep]
+    written = candidates
+    if low_confidence:  # of all the tokens drawn, keep the likeliest
+        confidence = torch.full(ids.shape, -torch.inf, dtype=logp.dtype, device=logp.device)
+        confidence[candidates] = token_logp
+        best = confidence.topk(config.tokens_per_step[t]).indices  # (b, tokens per step)
+        written = torch.zeros_like(candidates).scatter(1, best, True)
+    row, column = written.nonzero(as_tuple=True)
+    where, keep = (rows[row], column), written[candidates]
     run.completion_ids[where] = tokens[keep]
     run.unmask_step[where] = t
     run.logprobs[where] = token_logp[keep].double()
-    run.entropies[where] = entropy(logp)[keep].double()
+    run.entropies[where] = entropy(logp[keep]).double()
     if support is not None:
         run.support_ids[where] = support[keep]
     run.steps_taken[rows] += 1
@@ -384,8 +400,11 @@ def accumulate_gradient(model, rollout, advantages, config, generator, micro_bat
     per state: it is exact at each visited state, and omits how theta changes which states are visited.
     Steps no optimizer. Raises ValueError for policies whose likelihood it does not have.
     """
-    require(config.unmasking != "low_confidence", "low_confidence unmasking is for evaluation: which tokens are kept "
-            "depends on what was drawn, so the kept tokens alone are not the action; train with random or left_to_right")  # fmt: skip
+    require(
+        config.unmasking != "low_confidence",
+        "low_confidence unmasking is for evaluation: which tokens are kept depends on all that were drawn, so the "
+        "kept ones alone are not the action and have no exact gradient here; train with random or left_to_right",
+    )
     require(config.temperature > 0, "temperature 0 has no gradient: train with a positive temperature")
     require(config.beta == 0 or reference is not None, "beta > 0 needs a reference model")
     rollout = replace(rollout, mask_token_id=model.mask_token_id, eos_token_id=model.eos_token_id)
@@ -401,14 +420,19 @@ def accumulate_gradient(model, rollout, advantages, config, generator, micro_bat
     sums, ratio_error = torch.zeros(4, dtype=torch.float64, device=rows.device), 0.0
     for start in range(0, len(rows), micro_batch):
         row, t = rows[start : start + micro_batch], times[start : start + micro_batch]
-        loss, ratio, *counts = state_loss(
-            model, rollout[row], t, weights[row, t] / batch, advantages[row, t], config, reference)  # fmt: skip
+        w, A = weights[row, t] / batch, advantages[row, t]
+        loss, ratio, *counts = state_loss(model, rollout[row], t, w, A, config, reference)
         loss.backward()
         sums += torch.stack([loss.detach(), *counts])
         ratio_error = max(ratio_error, (ratio - 1).abs().max().item())
     loss, tokens, clipped, kl = sums.tolist()
-    return {"loss": loss, "clip_fraction": clipped / max(tokens, 1), "kl": kl / max(tokens, 1),
-            "ratio_error": ratio_error, "evaluations": len(rows)}  # fmt: skip
+    return {
+        "loss": loss,
+        "clip_fraction": clipped / max(tokens, 1),  # share of the tokens whose gradient the clip removed
+        "kl": kl / max(tokens, 1),  # nats per token
+        "ratio_error": ratio_error,  # largest |rho - 1|: rounding alone, right after a rollout
+        "evaluations": len(rows),  # sequences run forward and backward
+    }
 
 
 def state_loss(model, part, t, weight, advantage, config, reference):
