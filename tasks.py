@@ -166,13 +166,12 @@ class Countdown(Task):
         return self.reward(completion, example) == 3.0
 
     def reward(self, completion, example, chat=False):
-        """3.0 if correct; one third each for an expression, the right numbers, the target.
+        """3.0 if correct, "12+7-3" or "12+7-3=16"; a wrong right-hand side makes it wrong.
 
-        The answer is "12+7-3" or "12+7-3=16"; a wrong right-hand side makes it wrong. With
-        chat=True, as in the AGRPO paper, the target's third asks for it behind an equals sign and
-        the thirds come on top: 12+7-3=16 earns 4. The tiny model has no room for "=16", so there
-        the third asks for the value, and the thirds are what a wrong answer earns. Stricter than
-        the paper, which counts allowed characters: what does not parse earns nothing.
+        chat=True adds the AGRPO paper's credit for form: a third each for an expression, the right
+        numbers, the target behind an equals sign, so that 12+7-3=16 earns 4. Stricter than the
+        paper, which counts allowed characters: what does not parse earns nothing. The tiny model
+        goes without: credit for a mere expression taught it to write 11111111.
         """
         left, equals, right = extract_answer(completion).partition("=")
         value = evaluate(left)
@@ -180,11 +179,8 @@ class Countdown(Task):
             return 0.0
         right_numbers = sorted(map(int, re.findall("[0-9]+", left))) == sorted(example["numbers"])
         stated = right.strip() == str(example["target"])
-        reached = value == example["target"] and (stated or not equals)
-        thirds = (1 + right_numbers + (stated if chat else reached)) / 3
-        if not (reached and right_numbers):
-            return thirds
-        return 3.0 + thirds if chat else 3.0
+        correct = right_numbers and value == example["target"] and (stated or not equals)
+        return 3.0 * correct + (1 + right_numbers + stated) / 3 * chat
 
 
 def _sums(numbers):

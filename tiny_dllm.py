@@ -21,9 +21,17 @@ from torch import nn
 # What every model of this structure has in common, in the words of LLaDA's config.json: written on save, and a
 # folder that says otherwise is refused on load instead of being run as something that it is not.
 STRUCTURE = {
-    "model_type": "llada", "block_type": "llama", "layer_norm_type": "rms", "activation_type": "silu", "rope": True,
-    "alibi": False, "include_bias": False, "include_qkv_bias": False, "weight_tying": False, "attention_layer_norm": False,
-}  # fmt: skip
+    "model_type": "llada",
+    "block_type": "llama",
+    "layer_norm_type": "rms",
+    "activation_type": "silu",
+    "rope": True,
+    "alibi": False,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "weight_tying": False,
+    "attention_layer_norm": False,
+}
 
 
 @dataclass
@@ -93,7 +101,9 @@ class Block(nn.Module):
 
     def attention(self, h, cos, sin, attention_mask):
         """Bidirectional: h (B, L, d) -> (B, L, d); attention_mask (B, 1, 1, L) or None hides padding from everyone."""
-        q, k, v = (w(h).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for w in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            w(h).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for w in (self.q_proj, self.k_proj, self.v_proj)
+        )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, heads, L, head_size)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
         return self.attn_out(mixed.transpose(1, 2).flatten(2))
@@ -132,7 +142,8 @@ class MaskedDiffusionLM(nn.Module):
         x = transformer.wte(input_ids)  # (B, L, d)
         angle_dtype = torch.promote_types(x.dtype, torch.float32)
         cos, sin = rope_angles(
-            input_ids.shape[1], self.config.d_model // self.config.n_heads, self.config.rope_theta, x.device)  # fmt: skip
+            input_ids.shape[1], self.config.d_model // self.config.n_heads, self.config.rope_theta, x.device
+        )
         cos, sin = cos.to(angle_dtype), sin.to(angle_dtype)
         if attention_mask is not None:
             attention_mask = None if attention_mask.all() else attention_mask[:, None, None, :]  # (B, 1, 1, L)
@@ -145,7 +156,11 @@ class MaskedDiffusionLM(nn.Module):
         from safetensors.torch import save_file
 
         os.makedirs(path, exist_ok=True)
-        config = STRUCTURE | asdict(self.config) | {"n_kv_heads": self.config.n_heads, "embedding_size": self.config.vocab_size}
+        config = (
+            STRUCTURE
+            | asdict(self.config)
+            | {"n_kv_heads": self.config.n_heads, "embedding_size": self.config.vocab_size}
+        )
         with open(os.path.join(path, "config.json.tmp"), "w") as file:
             json.dump(config, file, indent=2)
         save_file(self.state_dict(), os.path.join(path, "model.safetensors.tmp"), metadata={"format": "pt"})
@@ -161,7 +176,9 @@ class MaskedDiffusionLM(nn.Module):
             stored = json.load(file)
         wrong = {k: stored[k] for k, v in STRUCTURE.items() if stored.get(k, v) != v}
         if wrong or stored.get("n_kv_heads") not in (None, stored["n_heads"]):
-            raise ValueError(f"{path}/config.json is not of LLaDA's structure: {wrong or 'n_kv_heads differs from n_heads'}")
+            raise ValueError(
+                f"{path}/config.json is not of LLaDA's structure: {wrong or 'n_kv_heads differs from n_heads'}"
+            )
         model = cls(Config(**{f.name: stored[f.name] for f in fields(Config) if f.name in stored}))
         try:
             model.load_state_dict(load_file(os.path.join(path, "model.safetensors")))
@@ -204,8 +221,14 @@ def character_tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, padding_side="left", eos_token="<eos>", pad_token="<eos>", bos_token="<bos>",
-        mask_token="<mask>", unk_token="<unk>", clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        padding_side="left",
+        eos_token="<eos>",
+        pad_token="<eos>",
+        bos_token="<bos>",
+        mask_token="<mask>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
     fast.chat_template = "{{ bos_token }}{{ messages[-1]['content'] }}"
     return fast

@@ -9,6 +9,7 @@ it with rewards alone (agrpo.py), and measures it again. Reading order: RunConfi
 """
 
 import argparse
+import copy
 import dataclasses
 import hashlib
 import inspect
@@ -52,21 +53,34 @@ class RunConfig:
     base_batch: int = 128  # worked examples per supervised update
     eval_every: int = 50  # updates between two validations
     eval_steps: tuple[int, ...] = (1, 2, 4, 8)  # numbers of sampling steps in the final table
+    test_prompts: int = 1000  # questions of the test split that a report is measured on
     evaluate: str = ""  # folder of a finished run: measure it, or answer --prompt, instead of training
     prompt: str = ""  # with --evaluate: one question to answer
 
 
+TINY = {  # the shape of the tiny model
+    "countdown": {"d_model": 64, "n_layers": 3, "n_heads": 2, "mlp_hidden_size": 128, "rope_theta": 30.0},
+    "sudoku": {"d_model": 64, "n_layers": 4, "n_heads": 4, "mlp_hidden_size": 128, "rope_theta": 100.0},
+}
 PRESETS = {
     "countdown": {"completion_length": 8, "sampling_steps": 2, "mc_samples": 2},
-    "sudoku": {"completion_length": 16, "sampling_steps": 8, "mc_samples": 2, "eval_steps": (2, 4, 8, 16),
-               "base_target": 0.15, "base_steps": 1000, "max_steps": 600},
-}  # fmt: skip
+    "sudoku": {
+        "completion_length": 16,
+        "sampling_steps": 8,
+        "mc_samples": 2,
+        "eval_steps": (2, 4, 8, 16),
+        "base_target": 0.15,
+        "base_steps": 1000,
+        "max_steps": 600,
+    },
+}
 
 
 def parse_arguments(argv):
-    """argv -> (RunConfig, AGRPOConfig). Flags, types and help texts are those of the dataclasses; exit code 2 on misuse."""
+    """argv -> (RunConfig, AGRPOConfig). Flags, types and help are those of the dataclasses; misuse exits with 2."""
     parser = argparse.ArgumentParser(
-        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)  # fmt: skip
+        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--task", default=RunConfig.task)  # decides the other defaults
     preset = PRESETS.get(first.parse_known_args(argv)[0].task, {})
@@ -77,7 +91,8 @@ def parse_arguments(argv):
     flags = vars(parser.parse_args(argv))
     try:
         run_config, config = (
-            cls(**{f.name: flags[f.name] for f in dataclasses.fields(cls)}) for cls in (RunConfig, AGRPOConfig))  # fmt: skip
+            cls(**{f.name: flags[f.name] for f in dataclasses.fields(cls)}) for cls in (RunConfig, AGRPOConfig)
+        )
         check(run_config, config)
     except ValueError as error:
         parser.error(str(error))
@@ -96,8 +111,14 @@ def add_flag(group, field, default, text):
         group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
         return
     shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-    group.add_argument(flag, type=kind, default=default, nargs="+" if isinstance(default, tuple) else None,
-                       metavar=kind.__name__.upper(), help=text + (f" [{shown}]" if shown not in ("", None) else ""))  # fmt: skip
+    group.add_argument(
+        flag,
+        type=kind,
+        default=default,
+        nargs="+" if isinstance(default, tuple) else None,
+        metavar=kind.__name__.upper(),
+        help=text + (f" [{shown}]" if shown not in ("", None) else ""),
+    )
 
 
 def check(run_config, config):
@@ -110,7 +131,7 @@ def check(run_config, config):
         raise ValueError("--prompt needs --evaluate RUN: which run should answer?")
     if config.unmasking == "low_confidence" or config.temperature == 0:
         raise ValueError("--unmasking low_confidence and --temperature 0 are for evaluation, which uses them anyway")
-    for name in ("prompts_per_step", "micro_batch", "base_batch", "eval_every"):
+    for name in ("prompts_per_step", "micro_batch", "base_batch", "eval_every", "test_prompts"):
         if getattr(run_config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
     for steps in run_config.eval_steps:
@@ -124,7 +145,8 @@ def encode(tokenizer, task, examples):
     """Prompts of the examples: ids (B, P) long and mask (B, P) bool, padded on the left."""
     chats = [task.messages(example) for example in examples]
     batch = tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True)  # fmt: skip
+        chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    )
     return batch["input_ids"], batch["attention_mask"].bool()
 
 
@@ -145,7 +167,10 @@ def streams(seed, purpose):
 def measure(model, tokenizer, task, examples, config, seed):
     """Share of correct answers, {"sampled": at temperature 1 in random order, "greedy": likeliest tokens first}."""
     greedy = replace(config, unmasking="low_confidence", temperature=0.0)
-    return {name: accuracy(model, tokenizer, task, examples, c, seed) for name, c in (("sampled", config), ("greedy", greedy))}
+    return {
+        name: accuracy(model, tokenizer, task, examples, c, seed)
+        for name, c in (("sampled", config), ("greedy", greedy))
+    }
 
 
 def accuracy(model, tokenizer, task, examples, config, seed, batch=500):
@@ -163,7 +188,9 @@ def by_sampling_steps(model, tokenizer, task, run_config, config, examples):
     """{steps: {"sampled", "greedy"}} for the steps trained with and every entry of --eval-steps."""
     table = {}
     for steps in tqdm(sorted({*run_config.eval_steps, config.sampling_steps}), desc="testing", leave=False):
-        table[str(steps)] = measure(model, tokenizer, task, examples, replace(config, sampling_steps=steps), run_config.seed)
+        table[str(steps)] = measure(
+            model, tokenizer, task, examples, replace(config, sampling_steps=steps), run_config.seed
+        )
     return table
 
 
@@ -172,24 +199,32 @@ def by_sampling_steps(model, tokenizer, task, run_config, config, examples):
 
 def base_model(run_config, config, task, tokenizer, cache):
     """The tiny base model: trained from scratch, or read from the folder `cache` if the same settings trained one."""
-    model_config = tiny_dllm.Config(len(tokenizer), tokenizer.mask_token_id, tokenizer.eos_token_id)
-    settings = {k: v for k, v in asdict(run_config).items() if k.startswith("base_") or k in ("task", "seed", "eval_every")}
-    settings |= {"model": asdict(model_config), "policy": asdict(config) if run_config.base_target < 1 else None}
+    model = new_model(tokenizer, run_config)
+    settings = {
+        k: v for k, v in asdict(run_config).items() if k.startswith("base_") or k in ("task", "seed", "eval_every")
+    }
+    settings |= {"model": asdict(model.config), "policy": asdict(config) if run_config.base_target < 1 else None}
     source = Path(tiny_dllm.__file__).read_bytes() + Path(tasks.__file__).read_bytes()
     key = hashlib.sha256(json.dumps(settings).encode() + source).hexdigest()[:12]
     folder = cache / f"base-{run_config.task}-{key}"
     if folder.exists():
         print(f"base model: reusing {folder}")
         return tiny_dllm.MaskedDiffusionLM.from_pretrained(folder)
-    model = pretrain(tiny_dllm.MaskedDiffusionLM(model_config), run_config, config, task, tokenizer)
+    pretrain(model, run_config, config, task, tokenizer)
     unfinished = folder.with_suffix(".tmp")
     model.save_pretrained(unfinished)
     unfinished.rename(folder)
     return model
 
 
+def new_model(tokenizer, run_config):
+    """The tiny model of the task, weights not set."""
+    ids = tokenizer.mask_token_id, tokenizer.eos_token_id
+    return tiny_dllm.MaskedDiffusionLM(tiny_dllm.Config(len(tokenizer), *ids, **TINY[run_config.task]))
+
+
 def pretrain(model, run_config, config, task, tokenizer):
-    """Supervised training on worked examples with LLaDA's loss, until base_target or for base_steps updates."""
+    """Supervised training on worked examples with LLaDA's loss, in place: base_steps updates, or until base_target."""
     rng, generator = streams(run_config.seed, "base")
     model.init_weights(generator)
     examples, validation = task.load("train"), task.load("validation")
@@ -200,8 +235,12 @@ def pretrain(model, run_config, config, task, tokenizer):
         optimizer.param_groups[0]["lr"] = run_config.base_learning_rate * min(1, (step + 1) / 50) * decay
         batch = [task.augment(example, rng) for example in rng.choices(examples, k=run_config.base_batch)]
         answers = tokenizer(
-            [task.solution(example, rng) for example in batch], padding="max_length", padding_side="right",
-            max_length=config.completion_length, return_tensors="pt")["input_ids"]  # fmt: skip
+            [task.solution(example, rng) for example in batch],
+            padding="max_length",
+            padding_side="right",
+            max_length=config.completion_length,
+            return_tensors="pt",
+        )["input_ids"]
         loss = tiny_dllm.diffusion_loss(model, *encode(tokenizer, task, batch), answers, generator)
         optimizer.zero_grad()
         loss.backward()
@@ -214,7 +253,6 @@ def pretrain(model, run_config, config, task, tokenizer):
                 break
         elif step % 10 == 0:
             bar.set_postfix(loss=f"{loss.item():.2f}")
-    return model
 
 
 # ------------------------------------------------------------------------------------------- policy gradients
@@ -225,6 +263,7 @@ def reinforce(model, run_config, config, task, tokenizer, folder):
     rng, generator = streams(run_config.seed, "reinforce")
     examples, validation = task.load("train"), task.load("validation")
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    reference = copy.deepcopy(model) if config.beta > 0 else None
     history = []
     bar = tqdm(range(run_config.max_steps), desc="AGRPO")
     with open(folder / "metrics.jsonl", "w") as log:
@@ -232,7 +271,12 @@ def reinforce(model, run_config, config, task, tokenizer, folder):
             started = time.perf_counter()
             optimizer.param_groups[0]["lr"] = learning_rate(run_config, step)
             prompts = [task.augment(example, rng) for example in rng.choices(examples, k=run_config.prompts_per_step)]
-            metrics = {"step": step + 1} | update(model, optimizer, prompts, run_config, config, task, tokenizer, generator)
+            optimizer.zero_grad()
+            metrics = {"step": step + 1}
+            metrics |= policy_gradient(model, prompts, run_config, config, task, tokenizer, generator, reference)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run_config.gradient_clip, error_if_nonfinite=True)
+            optimizer.step()
+            metrics |= {"gradient_norm": norm.item(), "learning_rate": optimizer.param_groups[0]["lr"]}
             metrics["seconds"] = time.perf_counter() - started
             if (step + 1) % run_config.eval_every == 0:
                 metrics["validation"] = measure(model, tokenizer, task, validation, config, run_config.seed)
@@ -248,26 +292,20 @@ def learning_rate(run_config, step):
     return run_config.learning_rate * min((step + 1) / 10, 1, 1 - step / run_config.max_steps)
 
 
-def update(model, optimizer, prompts, run_config, config, task, tokenizer, generator):
-    """One update: roll out, reward, compare within groups, follow the gradient. Returns the metrics of the step."""
+def policy_gradient(model, prompts, run_config, config, task, tokenizer, generator, reference):
+    """Roll out, reward, compare within groups, add the gradient to .grad. Returns the numbers of the step."""
     G = config.num_generations
     ids, mask = encode(tokenizer, task, prompts)
     run = agrpo.rollout(model, ids.repeat_interleave(G, 0), mask.repeat_interleave(G, 0), config, generator)
-    answers = list(zip(decode(tokenizer, run.completion_ids), [p for p in prompts for _ in range(G)], strict=True))
+    answers = list(zip(decode(tokenizer, run.completion_ids), [p for p in prompts for _ in range(G)]))
     rewards = torch.tensor([task.reward(*answer) for answer in answers])
     advantages = agrpo.group_advantages(rewards, G)
-    optimizer.zero_grad()
-    stats = agrpo.accumulate_gradient(model, run, advantages, config, generator, run_config.micro_batch)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run_config.gradient_clip, error_if_nonfinite=True)
-    optimizer.step()
-    written = run.unmask_step < config.sampling_steps
+    stats = agrpo.accumulate_gradient(model, run, advantages, config, generator, run_config.micro_batch, reference)
     return {
         "reward": rewards.mean().item(),
         "accuracy": sum(task.is_correct(*answer) for answer in answers) / len(answers),
-        "entropy": run.entropies[written].mean().item(),  # nats per written token
+        "entropy": run.entropies[run.unmask_step < config.sampling_steps].mean().item(),  # nats per written token
         "signal": (advantages.view(-1, G) != 0).any(1).float().mean().item(),  # share of groups that disagree
-        "gradient_norm": norm.item(),  # before clipping
-        "learning_rate": optimizer.param_groups[0]["lr"],
         **stats,
     }
 
@@ -284,7 +322,11 @@ def print_trajectory(run, tokenizer, row=0):
 
     for t in range(int(run.steps_taken[row]) + 1):
         seen = run.state_at(torch.full((len(run.unmask_step),), t))[row, run.prompt_ids.shape[1] :]
-        print(f"    before step {t}   {text(seen.tolist())}" if t < run.steps_taken[row] else f"    finished        {text(seen.tolist())}")
+        print(
+            f"    before step {t}   {text(seen.tolist())}"
+            if t < run.steps_taken[row]
+            else f"    finished        {text(seen.tolist())}"
+        )
 
 
 def draw_curve(history, base, final, path):
@@ -301,8 +343,14 @@ def draw_curve(history, base, final, path):
     top.plot(steps, [metrics["accuracy"] for metrics in history], color="0.8", label="rollouts, training prompts")
     checked = [metrics for metrics in history if "validation" in metrics]
     for kind, color in (("sampled", "C0"), ("greedy", "C1")):
-        top.plot([0, *(m["step"] for m in checked)], [math.nan, *(m["validation"][kind] for m in checked)], "o-", ms=3,
-                 color=color, label=f"{kind}, validation prompts")  # fmt: skip
+        top.plot(
+            [0, *(m["step"] for m in checked)],
+            [math.nan, *(m["validation"][kind] for m in checked)],
+            "o-",
+            ms=3,
+            color=color,
+            label=f"{kind}, validation prompts",
+        )
         top.plot([0, len(history)], [base[kind], final[kind]], "*", ms=11, color=color, label=f"{kind}, test prompts")
     top.set(ylabel="share of correct answers", ylim=(0, 1))
     top.legend(fontsize=8)
@@ -336,7 +384,7 @@ def run(run_config, config):
     tokenizer = tiny_dllm.character_tokenizer()
     write_json(folder / "config.json", {"run": asdict(run_config), "algorithm": asdict(config)})
     model = base_model(run_config, config, task, tokenizer, cache=folder.parent)
-    test = task.load("test")
+    test = task.load("test")[: run_config.test_prompts]
     tables = {"base": by_sampling_steps(model, tokenizer, task, run_config, config, test)}
     history = reinforce(model, run_config, config, task, tokenizer, folder)
     tables["final"] = by_sampling_steps(model, tokenizer, task, run_config, config, test)
@@ -344,18 +392,25 @@ def run(run_config, config):
     tokenizer.save_pretrained(folder / "model")
     m = str(config.sampling_steps)
     summary = {
-        "task": run_config.task, "model": run_config.model, "seed": run_config.seed, "steps": len(history),
-        "seconds": time.perf_counter() - started, "base": tables["base"][m], "final": tables["final"][m],
-        "by_sampling_steps": {steps: {name: table[steps] for name, table in tables.items()} for steps in tables["base"]},
-    }  # fmt: skip
+        "task": run_config.task,
+        "model": run_config.model,
+        "seed": run_config.seed,
+        "steps": len(history),
+        "seconds": time.perf_counter() - started,
+        "base": tables["base"][m],
+        "final": tables["final"][m],
+        "by_sampling_steps": {
+            steps: {name: table[steps] for name, table in tables.items()} for steps in tables["base"]
+        },
+    }
     write_json(folder / "summary.json", summary)
     picture = draw_curve(history, summary["base"], summary["final"], folder / "curve.png")
     print_table(summary["by_sampling_steps"])
     print("\na test question, answered by the trained model:")
     answer(model, tokenizer, task, test[0], config, run_config.seed)
-    print(f"\n{picture}\nask it yourself: python train.py --evaluate {folder} --prompt \"{task.question(test[1])}\"")
-    print(f"done in {summary['seconds']:.0f} s: sampled {summary['base']['sampled']:.1%} -> {summary['final']['sampled']:.1%}, "
-          f"greedy {summary['base']['greedy']:.1%} -> {summary['final']['greedy']:.1%}")  # fmt: skip
+    print(f'\n{picture}\nask it yourself: python train.py --evaluate {folder} --prompt "{task.question(test[1])}"')
+    changes = [f"{kind} {summary['base'][kind]:.1%} -> {summary['final'][kind]:.1%}" for kind in summary["base"]]
+    print(f"done in {summary['seconds']:.0f} s: {', '.join(changes)}")
 
 
 def evaluate(run_config):
@@ -372,7 +427,7 @@ def evaluate(run_config):
         answer(model, tokenizer, task, task.parse_question(run_config.prompt), config, run_config.seed)
         return
     run_config = replace(run_config, seed=stored["run"]["seed"], eval_steps=stored["run"]["eval_steps"])
-    table = by_sampling_steps(model, tokenizer, task, run_config, config, task.load("test"))
+    table = by_sampling_steps(model, tokenizer, task, run_config, config, task.load("test")[: run_config.test_prompts])
     print_table({steps: {"final": row} for steps, row in table.items()})
 
 

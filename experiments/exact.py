@@ -53,9 +53,12 @@ def trajectories(config):
     for start in range(0, config.sampling_steps, steps):
         slots = [t for t in range(start, start + steps) for _ in range(config.tokens_per_step[t])]
         orders = [tuple(slots)] if config.unmasking == "left_to_right" else sorted(set(itertools.permutations(slots)))
-        grown = [(tokens + more, unmask + order, p / len(orders))
-                 for tokens, unmask, p in running for order in orders
-                 for more in itertools.product((EOS, A, B), repeat=block)]  # fmt: skip
+        grown = [
+            (tokens + more, unmask + order, p / len(orders))
+            for tokens, unmask, p in running
+            for order in orders
+            for more in itertools.product((EOS, A, B), repeat=block)
+        ]
         last = start + steps == config.sampling_steps
         running = [x for x in grown if not last and x[0][-block:] != (EOS,) * block]
         stopped = grown if last else [x for x in grown if x[0][-block:] == (EOS,) * block]
@@ -68,14 +71,21 @@ def trajectories(config):
 @torch.no_grad()
 def enumerate_rollouts(model, config):
     """All trajectories as one Rollout of B rows, as if agrpo.rollout had sampled them; p(tau) (B,); p(order) (B,)."""
-    tokens, unmask, order_p, taken = zip(*trajectories(config), strict=True)
+    tokens, unmask, order_p, taken = zip(*trajectories(config))
     rows = len(tokens)
     empty = torch.zeros(rows, config.completion_length, dtype=torch.float64)
     run = Rollout(
-        PROMPT.repeat(rows, 1), torch.ones(rows, PROMPT.shape[1], dtype=torch.bool), torch.tensor(tokens),
-        torch.tensor(unmask), empty.clone(), empty.clone(), torch.tensor(taken),
-        torch.full((*empty.shape, config.top_k), -1) if config.top_k else None, MASK, EOS,
-    )  # fmt: skip
+        PROMPT.repeat(rows, 1),
+        torch.ones(rows, PROMPT.shape[1], dtype=torch.bool),
+        torch.tensor(tokens),
+        torch.tensor(unmask),
+        empty.clone(),
+        empty.clone(),
+        torch.tensor(taken),
+        torch.full((*empty.shape, config.top_k), -1) if config.top_k else None,
+        MASK,
+        EOS,
+    )
     for t in range(config.sampling_steps):
         chosen = run.unmasked_at(torch.full((rows,), t))
         logits = agrpo.logits_at(model, run.state_at(torch.full((rows,), t)), run.prompt_mask, chosen)
@@ -165,8 +175,8 @@ def agrpo_estimator(model, run, p, advantages, config, reference=None):
     """E[g]: m times the ascent gradient that accumulate_gradient adds, averaged over trajectories (p) and draws."""
     # The gradient is a weighted sum over slots, so all outcomes can stand side by side in one draw of many slots. The
     # mean over the B rows becomes the expectation over trajectories when row tau is weighed by B p(tau).
-    probability, steps, weights = zip(*timestep_draws(run, config), strict=True)
-    weights = [w * (len(p) * p * outcome)[:, None] for w, outcome in zip(weights, probability, strict=True)]
+    probability, steps, weights = zip(*timestep_draws(run, config))
+    weights = [w * (len(p) * p * outcome)[:, None] for w, outcome in zip(weights, probability)]
     with replaced("sample_timesteps", lambda *_: (torch.cat(steps, 1), torch.cat(weights, 1))):
         agrpo.accumulate_gradient(model, run, advantages, config, None, micro_batch=4096, reference=reference)
     return -config.sampling_steps * flat_gradient(model)
@@ -225,7 +235,10 @@ EXACT = {  # what claims to be unbiased, and is
 }
 BIASED = {  # what is offered because the papers have it, under its name
     "horizon last_non_eos": {"horizon": "last_non_eos"},
-    "horizon last_non_eos, per-trajectory mean (the paper's)": {"horizon": "last_non_eos", "normalization": "trajectory"},
+    "horizon last_non_eos, per-trajectory mean (the paper's)": {
+        "horizon": "last_non_eos",
+        "normalization": "trajectory",
+    },
     "per-trajectory mean, blocks with early stop": {"block_length": 2, "normalization": "trajectory"},
 }
 
@@ -253,7 +266,7 @@ def measure_kl(seed):
     run, _, _ = enumerate_rollouts(model, config)
     with torch.no_grad():
         log_ratio = trajectory_logp(model, run, config) - trajectory_logp(reference, run, config)
-    # grad KL = sum_tau grad p(tau) log(p / p_ref), because sum_tau p grad log p = 0: a policy gradient of the log ratio.
+    # grad KL = sum_tau grad p(tau) log(p / p_ref), as sum_tau p grad log p = 0: a policy gradient of the log ratio.
     exact = exact_gradient(model, config, lambda ids: log_ratio)
     return compare(-expectation(model, config, torch.zeros_like, reference=reference, advantage=no_advantage), exact)
 

@@ -21,7 +21,9 @@ def naive_gradient(model, run, advantages, config):
             logits[:, model.mask_token_id] = -torch.inf
             logp = (logits / config.temperature).log_softmax(1)
             chosen = (run.unmask_step[i] == t).nonzero()[:, 0]
-            (-advantages[i] * logp[chosen, run.completion_ids[i, chosen]].sum() / (batch * config.sampling_steps)).backward()
+            (
+                -advantages[i] * logp[chosen, run.completion_ids[i, chosen]].sum() / (batch * config.sampling_steps)
+            ).backward()
     return gradient(model)
 
 
@@ -61,7 +63,9 @@ def test_a_step_drawn_twice_is_paid_once_and_counts_twice(model, monkeypatch):
 
 def test_timesteps_are_drawn_once_on_all_rows_and_agreeing_groups_cost_nothing(model, monkeypatch):
     calls, original = [], agrpo.sample_timesteps
-    monkeypatch.setattr(agrpo, "sample_timesteps", lambda r, *rest: calls.append(len(r.steps_taken)) or original(r, *rest))
+    monkeypatch.setattr(
+        agrpo, "sample_timesteps", lambda r, *rest: calls.append(len(r.steps_taken)) or original(r, *rest)
+    )
     config = make_config()
     run = make_rollout(model, config)
     stats = accumulate_gradient(model, run, torch.zeros(6), config, torch.Generator(), 8)

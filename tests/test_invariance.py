@@ -33,7 +33,9 @@ def test_micro_batch(setting, micro_batch):
 
 def test_more_left_padding(setting):
     model, config, run, _, expected = setting
-    padded = dataclasses.replace(run, prompt_ids=F.pad(run.prompt_ids, (3, 0), value=EOS), prompt_mask=F.pad(run.prompt_mask, (3, 0)))
+    padded = dataclasses.replace(
+        run, prompt_ids=F.pad(run.prompt_ids, (3, 0), value=EOS), prompt_mask=F.pad(run.prompt_mask, (3, 0))
+    )
     accumulate_gradient(model, padded, ADVANTAGES, config, None, 100)
     assert torch.allclose(gradient(model), expected, atol=1e-6)
 

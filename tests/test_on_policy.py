@@ -63,7 +63,9 @@ def test_the_update_raises_what_was_rewarded_and_lowers_what_was_not(model):
     model.zero_grad()
     for row, direction in ((0, 1), (1, -1)):
         alone = torch.zeros(6).index_fill(0, torch.tensor(row), 1.0)
-        loss = accumulate_gradient(model, run, alone, make_config(mc_samples=4, epsilon_high=9.0), torch.Generator(), 6)["loss"]
+        loss = accumulate_gradient(
+            model, run, alone, make_config(mc_samples=4, epsilon_high=9.0), torch.Generator(), 6
+        )["loss"]
         assert direction * (-loss * 6 * 4 / 8 - 1) > 0  # the mean ratio of the row's 8 tokens, over or under 1
     gradient(model)
 

@@ -59,7 +59,9 @@ def test_blocks_are_finished_left_to_right_and_random_orders_are_uniform(model):
     assert (run.unmask_step[:, :4] < 2).all() and (run.unmask_step[:, 4:] >= 2).all()
     from agrpo import draw_unmask_steps
 
-    steps = draw_unmask_steps(6000, make_config(sampling_steps=2, completion_length=4), torch.Generator().manual_seed(0))
+    steps = draw_unmask_steps(
+        6000, make_config(sampling_steps=2, completion_length=4), torch.Generator().manual_seed(0)
+    )
     _, counts = steps.unique(dim=0, return_counts=True)
     assert len(counts) == 6 and ((counts - 1000).abs() < 4 * 1000**0.5).all()
 
@@ -105,12 +107,24 @@ def test_same_draws_same_rollout_and_temperature_0_takes_the_likeliest(model):
     assert torch.equal(greedy.completion_ids[:, :2], logits.argmax(2))
 
 
-@pytest.mark.parametrize("options, word", [
-    ({"sampling_steps": 9}, "exceeds"), ({"block_length": 3}, "multiple"), ({"block_length": 2, "sampling_steps": 6}, "blocks"),
-    ({"mc_samples": 0}, "mc_samples"), ({"num_generations": 1}, "group"), ({"top_p": 0.9}, "top_k"), ({"top_p": 0.0}, "top_p"),
-    ({"temperature": -1.0}, "temperature"), ({"unmasking": "sideways"}, "choose"), ({"beta": -0.1}, "beta"),
-    ({"completion_length": 0}, "completion_length"), ({"block_length": 16}, "multiple"), ({"epsilon_low": 1.5}, "epsilon_low"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        ({"sampling_steps": 9}, "exceeds"),
+        ({"block_length": 3}, "multiple"),
+        ({"block_length": 2, "sampling_steps": 6}, "blocks"),
+        ({"mc_samples": 0}, "mc_samples"),
+        ({"num_generations": 1}, "group"),
+        ({"top_p": 0.9}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"unmasking": "sideways"}, "choose"),
+        ({"beta": -0.1}, "beta"),
+        ({"completion_length": 0}, "completion_length"),
+        ({"block_length": 16}, "multiple"),
+        ({"epsilon_low": 1.5}, "epsilon_low"),
+    ],
+)
 def test_impossible_settings_are_refused_where_they_are_built(options, word):
     with pytest.raises(ValueError, match=word):
         make_config(**options)

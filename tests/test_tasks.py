@@ -18,11 +18,31 @@ COUNTDOWN, SUDOKU = TASKS["countdown"], TASKS["sudoku"]
 GAME = {"numbers": [3, 12, 7], "target": 16}
 GRID = {"puzzle": "0310200404001043", "solution": "4312213434211243"}
 HOSTILE = (
-    "", " ", "=16", "9**9**9**9", "(" * 10_000 + "1" + ")" * 10_000, "(" * 50 + "1" + ")" * 50,
-    "(" * 99, "٣+١٢-٧", "3²", "12+7-٣", "3/(7-7)", "3/0", "-3+12+7", "x" * 10**6, "1" * 10**6,
-    "<answer>" * 10**5, "</answer>" * 10**5, "</answer>12+7-3<answer>", "<answer></answer>12+7-3",
-    "__import__('os')", "\x00", "\ud800", "012+7-3", "12 + 7 - 3 or so",
-)  # fmt: skip
+    "",
+    " ",
+    "=16",
+    "9**9**9**9",
+    "(" * 10_000 + "1" + ")" * 10_000,
+    "(" * 50 + "1" + ")" * 50,
+    "(" * 99,
+    "٣+١٢-٧",
+    "3²",
+    "12+7-٣",
+    "3/(7-7)",
+    "3/0",
+    "-3+12+7",
+    "x" * 10**6,
+    "1" * 10**6,
+    "<answer>" * 10**5,
+    "</answer>" * 10**5,
+    "</answer>12+7-3<answer>",
+    "<answer></answer>12+7-3",
+    "__import__('os')",
+    "\x00",
+    "\ud800",
+    "012+7-3",
+    "12 + 7 - 3 or so",
+)
 
 
 @pytest.fixture(params=sorted(TASKS))
@@ -110,14 +130,38 @@ def test_a_typed_question_may_be_spaced_freely():
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("countdown", t) for t in (
-        "3 12 = 16", "3 12 7 5 = 16", "0 12 7 = 16", "3 12 21 = 16", "3 12 -7 = 16", "3 12 7 = 0",
-        "3 12 7 16", "3 12 7 = 99", "٣ 12 7 = 16", "3 12 7 = " + "9" * 5000, "a\nb", "",
-    )] + [("sudoku", t) for t in (
-        "0310 2004 0400 104", "0310 2004 0400 10435", "0310 2004 0400 1045", "3310 2004 0400 1043",
-        "0000 0000 0000 0000", "4312 2134 3421 1243", "٣310 2004 0400 1043", "a\nb", "",
-    )],
-)  # fmt: skip
+    [
+        ("countdown", t)
+        for t in (
+            "3 12 = 16",
+            "3 12 7 5 = 16",
+            "0 12 7 = 16",
+            "3 12 21 = 16",
+            "3 12 -7 = 16",
+            "3 12 7 = 0",
+            "3 12 7 16",
+            "3 12 7 = 99",
+            "٣ 12 7 = 16",
+            "3 12 7 = " + "9" * 5000,
+            "a\nb",
+            "",
+        )
+    ]
+    + [
+        ("sudoku", t)
+        for t in (
+            "0310 2004 0400 104",
+            "0310 2004 0400 10435",
+            "0310 2004 0400 1045",
+            "3310 2004 0400 1043",
+            "0000 0000 0000 0000",
+            "4312 2134 3421 1243",
+            "٣310 2004 0400 1043",
+            "a\nb",
+            "",
+        )
+    ],
+)
 def test_a_malformed_question_is_refused_in_one_line_with_a_valid_one(name, text):
     with pytest.raises(ValueError) as error:
         TASKS[name].parse_question(text)
@@ -141,11 +185,11 @@ def test_the_answer_stands_in_the_last_complete_pair_of_tags():
         ("12+7-3", 3, 3 + 2 / 3),  # the third for form that is missing asks for "=16"
         ("12+7-3=16", 3, 4),
         ("(7 - 3) + 12\n = 16", 3, 4),
-        ("12+7-3=17", 2 / 3, 2 / 3),  # a wrong statement is not correct
-        ("12+7+3", 2 / 3, 2 / 3),
-        ("12+7+3=16", 2 / 3, 1),  # the form credit believes what is stated
-        ("12*7/3-12", 2 / 3, 1 / 3),  # worth 16, but uses 12 twice
-        ("1+1", 1 / 3, 1 / 3),
+        ("12+7-3=17", 0, 2 / 3),  # a wrong statement is not correct
+        ("12+7+3", 0, 2 / 3),
+        ("12+7+3=16", 0, 1),  # the form credit believes what is stated
+        ("12*7/3-12", 0, 1 / 3),  # worth 16, but uses 12 twice
+        ("1+1", 0, 1 / 3),
         ("12+7-", 0, 0),
     ],
 )

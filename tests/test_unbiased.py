@@ -58,8 +58,10 @@ def test_the_oracle_is_the_slope_of_the_expected_reward():
     assert (values[0] - values[1]) / 2e-5 == pytest.approx((slope @ direction).item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"block_length": 2}, {"top_k": 2, "temperature": 0.7},
-                                     {"top_k": 3, "top_p": 0.8}, {"sampling_steps": 3}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"block_length": 2}, {"top_k": 2, "temperature": 0.7}, {"top_k": 3, "top_p": 0.8}, {"sampling_steps": 3}],
+)
 def test_rollouts_have_the_enumerated_probabilities(options):
     """The enumeration is about the very distribution that rollout() samples from: a chi-square test."""
     model, config = exact.micro_model(3), exact.micro_config(**{"sampling_steps": 2} | options)
@@ -67,7 +69,10 @@ def test_rollouts_have_the_enumerated_probabilities(options):
     samples = 20_000
     prompts = exact.PROMPT.repeat(samples, 1)
     run = agrpo.rollout(model, prompts, torch.ones_like(prompts).bool(), config, torch.Generator().manual_seed(0))
-    index = {key: i for i, key in enumerate(map(str, torch.cat([everything.completion_ids, everything.unmask_step], 1).tolist()))}
+    index = {
+        key: i
+        for i, key in enumerate(map(str, torch.cat([everything.completion_ids, everything.unmask_step], 1).tolist()))
+    }
     seen = [index[str(key)] for key in torch.cat([run.completion_ids, run.unmask_step], 1).tolist()]
     count = torch.bincount(torch.tensor(seen), minlength=len(p))
     often = samples * p > 5  # where the chi-square approximation holds; the rest is one bin more
@@ -81,8 +86,15 @@ def test_rollouts_have_the_enumerated_probabilities(options):
     assert torch.allclose(run.entropies, matching.entropies, atol=1e-12)
 
 
-@pytest.mark.parametrize("options", [{}, {"low_discrepancy": False}, {"importance_sampling": "entropy"},
-                                     {"importance_sampling": "entropy", "low_discrepancy": False}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"low_discrepancy": False},
+        {"importance_sampling": "entropy"},
+        {"importance_sampling": "entropy", "low_discrepancy": False},
+    ],
+)
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 7])
 def test_the_weights_undo_the_sampling(options, k):
     """E[sum_j w_j f(t_j)] = (1/m) sum_{t < T} f(t) for every f, every trajectory, also after an early stop."""
@@ -110,4 +122,6 @@ def test_training_on_low_confidence_unmasking_or_temperature_0_is_refused():
     run, _, _ = exact.enumerate_rollouts(model, exact.micro_config())
     for options, word in (({"unmasking": "low_confidence"}, "evaluation"), ({"temperature": 0.0}, "gradient")):
         with pytest.raises(ValueError, match=word):
-            agrpo.accumulate_gradient(model, run, torch.ones(len(run.steps_taken)), exact.micro_config(**options), None, 8)
+            agrpo.accumulate_gradient(
+                model, run, torch.ones(len(run.steps_taken)), exact.micro_config(**options), None, 8
+            )

@@ -1,0 +1,161 @@
+"""The command line, tiny and whole: what a user runs, what lands in the folder, what misuse says."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHORT = [
+    "--base-steps",
+    "12",
+    "--base-batch",
+    "16",
+    "--max-steps",
+    "4",
+    "--eval-every",
+    "2",
+    "--eval-steps",
+    "2",
+    "--prompts-per-step",
+    "4",
+    "--test-prompts",
+    "40",
+]
+
+
+def train(*arguments):
+    return subprocess.run([sys.executable, "train.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A whole run, cut short: (folder, what it printed)."""
+    folder = tmp_path_factory.mktemp("runs") / "countdown"
+    result = train(*SHORT, "--out", folder)
+    assert result.returncode == 0, result.stderr
+    return folder, result.stdout
+
+
+def metrics(folder):
+    """metrics.jsonl without its wall-clock field."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def test_a_run_leaves_what_the_readme_promises(done):
+    folder, printed = done
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (
+        summary["task"] == "countdown" and summary["model"] == "tiny" and summary["seed"] == 0 and summary["steps"] == 4
+    )
+    assert set(summary["base"]) == set(summary["final"]) == {"sampled", "greedy"}
+    assert summary["by_sampling_steps"]["2"] == {"base": summary["base"], "final": summary["final"]}
+    assert all(0 <= x <= 1 for x in summary["final"].values()) and summary["seconds"] > 0
+    assert [row["step"] for row in metrics(folder)] == [1, 2, 3, 4]
+    assert [("validation" in row) for row in metrics(folder)] == [False, True, False, True]
+    assert json.loads((folder / "config.json").read_text())["algorithm"]["sampling_steps"] == 2
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "model" / "model.safetensors").exists() and not list(folder.rglob("*.tmp"))
+    assert "before step 0   ________" in printed and printed.splitlines()[-1].startswith("done in ")
+
+
+def test_the_same_seed_gives_the_same_bits_with_a_fresh_and_with_a_reused_base(done, tmp_path):
+    folder, _ = done
+    fresh, reused = train(*SHORT, "--out", tmp_path / "fresh"), train(*SHORT, "--out", folder.parent / "reused")
+    assert "reusing" in reused.stdout and "reusing" not in fresh.stdout
+    for other in (tmp_path / "fresh", folder.parent / "reused"):
+        assert metrics(other) == metrics(folder)
+        for name in ("base", "final", "by_sampling_steps"):
+            assert (
+                json.loads((other / "summary.json").read_text())[name]
+                == json.loads((folder / "summary.json").read_text())[name]
+            )
+        assert (other / "model" / "model.safetensors").read_bytes() == (
+            folder / "model" / "model.safetensors"
+        ).read_bytes()
+
+
+def test_another_seed_gives_other_numbers(done, tmp_path):
+    folder, _ = done
+    assert train(*SHORT, "--seed", 1, "--out", tmp_path / "run").returncode == 0
+    assert metrics(tmp_path / "run") != metrics(folder)
+
+
+def test_a_finished_run_answers_a_typed_question_and_is_measured_again(done):
+    folder, _ = done
+    result = train("--evaluate", folder, "--prompt", " 3 12  7 = 16")
+    assert result.returncode == 0 and "before step 1" in result.stdout and "answer" in result.stdout
+    result = train("--evaluate", folder, "--test-prompts", 40)
+    final = json.loads((folder / "summary.json").read_text())["final"]
+    assert f"{final['sampled']:.1%}" in result.stdout and f"{final['greedy']:.1%}" in result.stdout
+
+
+def test_sudoku_runs_too_and_the_base_stops_at_its_target(tmp_path):
+    result = train(
+        "--task",
+        "sudoku",
+        *SHORT[:8],
+        "--eval-steps",
+        4,
+        "--test-prompts",
+        20,
+        "--prompts-per-step",
+        2,
+        "--sampling-steps",
+        4,
+        "--base-target",
+        0.0,
+        "--out",
+        tmp_path / "run",
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["task"] == "sudoku"
+
+
+def test_help_is_short_and_names_every_option():
+    lines = train("--help").stdout.splitlines()
+    assert len(lines) < 100 and all(
+        any(flag in line for line in lines) for flag in ("--max-steps", "--mc-samples", "--out")
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        (["--task", "chess"], "countdown, sudoku"),
+        (["--model", "llada"], "next"),
+        (["--sampling-steps", "9"], "exceeds"),
+        (["--mc-samples", "0"], "mc_samples"),
+        (["--num-generations", "1"], "group"),
+        (["--block-length", "3"], "multiple"),
+        (["--unmasking", "low_confidence"], "evaluation"),
+        (["--temperature", "0"], "evaluation"),
+        (["--prompt", "1 2 3 = 6"], "--evaluate"),
+        (["--top-p", "0.9"], "top_k"),
+        (["--eval-steps", "16"], "exceeds"),
+        (["--max-steps", "x"], "invalid"),
+        (["--steps", "3"], "--steps"),
+    ],
+)
+def test_misuse_says_one_line_and_exits_with_2(arguments, word):
+    result = train(*arguments)
+    assert result.returncode == 2 and word in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+
+
+def test_other_failures_say_one_line_and_exit_with_1(done, tmp_path):
+    folder, _ = done
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{}")
+    for arguments, word in (
+        ([*SHORT, "--out", folder], "already holds a run"),
+        (["--evaluate", tmp_path / "nowhere"], "nowhere"),
+        (["--evaluate", tmp_path / "broken"], "broken"),
+        (["--evaluate", folder, "--prompt", "what is 2 + 2?"], "a valid question is"),
+        ([*SHORT, "--learning-rate", "nan", "--out", tmp_path / "nan"], "finite"),
+    ):
+        result = train(*arguments)
+        assert result.returncode == 1 and word in result.stderr.splitlines()[-1], result.stderr
+        assert "Traceback" not in result.stderr
