@@ -1,8 +1,8 @@
 """The environments: a prompt goes in, a completion comes out, a reward is computed. No torch here.
 
     task       question (what the tiny model reads)   completion          reward if correct
-    countdown  "3 12 7 = 16"                          "12+7-3"            3.0
-    sudoku     "0310 2004 0400 1043" (0 is empty)     "4312213434211243"  1.0
+    countdown  "03 07 12=16"                          "12+7-3"            3.0
+    sudoku     "a31d2fg4i4kl1n43" (letters: empty)    "4312213434211243"  1.0
 
 The tiny character-level model reads the bare question. An instruction-tuned model reads it below
 a system message that explains it; it may reason first and gives its answer in <answer> tags, and
@@ -102,7 +102,10 @@ def _parse(tokens, level=0):
 class Countdown(Task):
     """Reach the target using each of three numbers exactly once.
 
-    {"numbers": [3, 12, 7], "target": 16}   "3 12 7 = 16"   ->   "12+7-3"
+    {"numbers": [3, 7, 12], "target": 16}   "03 07 12=16"   ->   "12+7-3"
+
+    Two digits each, in ascending order: with every digit in a fixed place the tiny model learns
+    several times faster than from "12 3 7 = 16".
 
     Every target can be reached with + and - alone; an answer may use * / and parentheses too.
     The splits share no pair of multiset and target, though they do share multisets.
@@ -112,7 +115,7 @@ class Countdown(Task):
     NUM_TEST, NUM_VALIDATION = 1000, 500  # all other pairs are for training
     completion_length = 8  # three numbers of two digits, two operators
     system = (
-        "You play a number game. A question `a b c = t` gives three numbers and then the target "
+        "You play a number game. A question `a b c=t` gives three numbers and then the target "
         "t. Build an arithmetic expression that is worth exactly t, with each of the three "
         "numbers used once and no other number. You may use +, -, *, / and parentheses.\n"
         "Work it out between <think> and </think>. Then give the expression, an equals sign and "
@@ -127,8 +130,7 @@ class Countdown(Task):
         multisets = itertools.combinations_with_replacement(range(1, self.MAX_NUMBER + 1), 3)
         pairs = [(m, t) for m in multisets for t in sorted(set(_sums(m).values())) if t > 0]
         rng.shuffle(pairs)
-        # The numbers are shuffled too: in sorted order their places would tell their sizes.
-        examples = [{"numbers": rng.sample(m, 3), "target": t} for m, t in pairs]
+        examples = [{"numbers": list(m), "target": t} for m, t in pairs]
         held_out = self.NUM_TEST + self.NUM_VALIDATION
         start, stop = {
             "test": (0, self.NUM_TEST),
@@ -138,7 +140,8 @@ class Countdown(Task):
         return examples[start:stop]
 
     def question(self, example):
-        return f"{' '.join(map(str, example['numbers']))} = {example['target']}"
+        *numbers, target = (f"{number:02d}" for number in [*example["numbers"], example["target"]])
+        return f"{' '.join(numbers)}={target}"
 
     def parse_question(self, text):
         """The inverse of question, for one typed by a user."""
@@ -150,12 +153,8 @@ class Countdown(Task):
         elif target < 1 or target not in _sums(numbers).values():
             problem = "has a target that is not positive or that + and - cannot reach"
         else:
-            return {"numbers": numbers, "target": target}
+            return {"numbers": sorted(numbers), "target": target}
         raise ValueError(f"{text[:40]!r} {problem}; a valid question is '3 12 7 = 16'")
-
-    def augment(self, example, rng):
-        """The same example with its numbers in a fresh order."""
-        return {"numbers": rng.sample(example["numbers"], 3), "target": example["target"]}
 
     def solution(self, example, rng):
         """A correct answer, drawn uniformly from the valid sums in every order of their terms."""
@@ -224,7 +223,11 @@ class Sudoku(Task):
     """Fill a 4x4 grid so that every row, column and 2x2 box holds 1 to 4; one solution each.
 
     {"puzzle": "0310200404001043", "solution": "4312213434211243"}
-    "0310 2004 0400 1043"   ->   "4312213434211243"
+    "a31d2fg4i4kl1n43"   ->   "4312213434211243"
+
+    An empty cell shows its own letter, a to p. RoPE knows distances only: the letter tells the
+    cell of the answer that looks back at it where in the grid it is. With a 0 for every blank the
+    base model learnt half as fast.
 
     The splits share no solution grid. White space and | , ; / - may stand between the digits of
     an answer; they are skipped and do not count as cells.
@@ -234,7 +237,7 @@ class Sudoku(Task):
     completion_length = 16
     system = (
         "You solve small Sudoku puzzles. A question is a 4x4 grid, written as its four rows from "
-        "top to bottom; a digit from 1 to 4 is given, 0 marks an empty cell. Replace every 0 so "
+        "top to bottom; a digit from 1 to 4 is given, a letter marks an empty cell. Replace every letter so "
         "that each row, each column and each 2x2 corner box contains 1, 2, 3 and 4 once. The "
         "given digits stay where they are.\n"
         "Work it out between <think> and </think>. Then write all 16 digits of the full grid, "
@@ -253,27 +256,26 @@ class Sudoku(Task):
         rng = random.Random(f"{SEED} {split}")  # its own, so that a split loads without the others
         puzzles = {}  # by puzzle: none comes twice, which costs train some of its scarce 12 blanks
         while len(puzzles) < size:
-            example = self.augment({"solution": rng.choice(grids)}, rng)
+            example = self._blank_out(rng.choice(grids), rng)
             puzzles[example["puzzle"]] = example
         return list(puzzles.values())
 
     def question(self, example):
-        return " ".join(example["puzzle"][row : row + 4] for row in range(0, 16, 4))
+        return "".join(letter if c == "0" else c for letter, c in zip("abcdefghijklmnop", example["puzzle"]))
 
     def parse_question(self, text):
         """The inverse of question, for one typed by a user."""
-        puzzle = _without_separators(text)
+        puzzle = re.sub("[a-p.]", "0", _without_separators(text))
         if not re.fullmatch("[0-4]{16}", puzzle) or "0" not in puzzle:
-            problem = "is not 16 cells of 0 to 4 with at least one 0 (empty)"
+            problem = "is not 16 cells, 1 to 4 or 0 for empty, with one empty"
         elif (found := solutions(puzzle)).bit_count() != 1:
             problem = f"has {found.bit_count()} solutions, not one"
         else:
             return {"puzzle": puzzle, "solution": all_grids()[found.bit_length() - 1]}
         raise ValueError(f"{text[:40]!r} {problem}; a valid question is '0310 2004 0400 1043'")
 
-    def augment(self, example, rng):
-        """Fresh blanks for the same grid, redrawn until they leave one solution."""
-        grid = example["solution"]
+    def _blank_out(self, grid, rng):
+        """An example of this grid: random blanks, redrawn until they leave one solution."""
         # The number is drawn once: redrawing it too would leave few puzzles with many blanks.
         blanks = rng.randint(self.MIN_BLANKS, self.MAX_BLANKS)
         while True:

@@ -204,7 +204,7 @@ def diffusion_loss(model, prompt_ids, prompt_mask, completion_ids, generator):
     return (nll / t[:, None].expand(-1, n)[masked]).sum() / (batch * n)
 
 
-CHARACTERS = "0123456789+-*/()=. "
+CHARACTERS = "0123456789+-*/()= abcdefghijklmnop"
 
 
 def character_tokenizer():

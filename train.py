@@ -43,14 +43,14 @@ class RunConfig:
     seed: int = 0  # of everything random
     out: str = ""  # folder of the run; empty: runs/TASK-seedSEED, numbered if taken
     max_steps: int = 400  # policy-gradient updates
-    learning_rate: float = 5e-4  # peak, AdamW; ten updates of warm-up, then linearly to zero
+    learning_rate: float = 5e-4  # AdamW; ten updates of warm-up, the last fifth linearly to zero
     prompts_per_step: int = 32  # prompts per update, each with num_generations completions
-    gradient_clip: float = 1.0  # largest norm of the gradient
-    micro_batch: int = 512  # sequences per forward and backward pass: lower it if memory runs out
+    gradient_clip: float = 0.2  # largest norm of the gradient
+    micro_batch: int = 256  # sequences per forward and backward pass: lower it if memory runs out
     base_steps: int = 800  # most supervised updates of the base model
-    base_target: float = 1.0  # stop them once validation accuracy of sampled answers reaches this
-    base_learning_rate: float = 3e-3  # peak, AdamW, cosine to zero over base_steps
-    base_batch: int = 128  # worked examples per supervised update
+    base_target: float = 1.0  # stop them once the validation accuracy of sampled answers reaches this
+    base_learning_rate: float = 2e-3  # peak, AdamW, cosine to zero over base_steps
+    base_batch: int = 64  # worked examples per supervised update
     eval_every: int = 50  # updates between two validations
     eval_steps: tuple[int, ...] = (1, 2, 4, 8)  # numbers of sampling steps in the final table
     test_prompts: int = 1000  # questions of the test split that a report is measured on
@@ -67,11 +67,14 @@ PRESETS = {
     "sudoku": {
         "completion_length": 16,
         "sampling_steps": 8,
-        "mc_samples": 2,
-        "eval_steps": (2, 4, 8, 16),
+        "mc_samples": 4,
+        "importance_sampling": "entropy",
         "base_target": 0.15,
-        "base_steps": 1000,
-        "max_steps": 600,
+        "base_batch": 128,
+        "base_learning_rate": 3e-3,
+        "max_steps": 420,
+        "eval_every": 70,
+        "eval_steps": (4, 8, 16),
     },
 }
 
@@ -200,9 +203,7 @@ def by_sampling_steps(model, tokenizer, task, run_config, config, examples):
 def base_model(run_config, config, task, tokenizer, cache):
     """The tiny base model: trained from scratch, or read from the folder `cache` if the same settings trained one."""
     model = new_model(tokenizer, run_config)
-    settings = {
-        k: v for k, v in asdict(run_config).items() if k.startswith("base_") or k in ("task", "seed", "eval_every")
-    }
+    settings = {k: v for k, v in asdict(run_config).items() if k.startswith("base_") or k in ("task", "seed")}
     settings |= {"model": asdict(model.config), "policy": asdict(config) if run_config.base_target < 1 else None}
     source = Path(tiny_dllm.__file__).read_bytes() + Path(tasks.__file__).read_bytes()
     key = hashlib.sha256(json.dumps(settings).encode() + source).hexdigest()[:12]
@@ -227,13 +228,13 @@ def pretrain(model, run_config, config, task, tokenizer):
     """Supervised training on worked examples with LLaDA's loss, in place: base_steps updates, or until base_target."""
     rng, generator = streams(run_config.seed, "base")
     model.init_weights(generator)
-    examples, validation = task.load("train"), task.load("validation")
+    examples, validation = task.load("train"), task.load("validation")[:250]
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     bar = tqdm(range(run_config.base_steps), desc="base model")
     for step in bar:
         decay = 0.5 + 0.5 * math.cos(math.pi * step / run_config.base_steps)
         optimizer.param_groups[0]["lr"] = run_config.base_learning_rate * min(1, (step + 1) / 50) * decay
-        batch = [task.augment(example, rng) for example in rng.choices(examples, k=run_config.base_batch)]
+        batch = rng.choices(examples, k=run_config.base_batch)
         answers = tokenizer(
             [task.solution(example, rng) for example in batch],
             padding="max_length",
@@ -246,7 +247,7 @@ def pretrain(model, run_config, config, task, tokenizer):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
         optimizer.step()
-        if run_config.base_target < 1 and (step + 1) % run_config.eval_every == 0:
+        if run_config.base_target < 1 and (step + 1) % 10 == 0:
             sampled = accuracy(model, tokenizer, task, validation, config, run_config.seed)
             bar.set_postfix(loss=f"{loss.item():.2f}", validation=f"{sampled:.0%}")
             if sampled >= run_config.base_target:
@@ -262,7 +263,8 @@ def reinforce(model, run_config, config, task, tokenizer, folder):
     """max_steps policy-gradient updates, in place. Every update appends its numbers to metrics.jsonl; returns them."""
     rng, generator = streams(run_config.seed, "reinforce")
     examples, validation = task.load("train"), task.load("validation")
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    # The gradient is mostly noise: a long memory of its square (0.999) learnt faster than 0.99.
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.999), weight_decay=0.0, fused=True)
     reference = copy.deepcopy(model) if config.beta > 0 else None
     history = []
     bar = tqdm(range(run_config.max_steps), desc="AGRPO")
@@ -270,7 +272,7 @@ def reinforce(model, run_config, config, task, tokenizer, folder):
         for step in bar:
             started = time.perf_counter()
             optimizer.param_groups[0]["lr"] = learning_rate(run_config, step)
-            prompts = [task.augment(example, rng) for example in rng.choices(examples, k=run_config.prompts_per_step)]
+            prompts = rng.choices(examples, k=run_config.prompts_per_step)
             optimizer.zero_grad()
             metrics = {"step": step + 1}
             metrics |= policy_gradient(model, prompts, run_config, config, task, tokenizer, generator, reference)
@@ -288,8 +290,8 @@ def reinforce(model, run_config, config, task, tokenizer, folder):
 
 
 def learning_rate(run_config, step):
-    """Ten updates of warm-up, then linearly to zero."""
-    return run_config.learning_rate * min((step + 1) / 10, 1, 1 - step / run_config.max_steps)
+    """Ten updates of warm-up, constant, and linearly to zero over the last fifth."""
+    return run_config.learning_rate * min(1, (step + 1) / 10, 5 * (1 - step / run_config.max_steps))
 
 
 def policy_gradient(model, prompts, run_config, config, task, tokenizer, generator, reference):

@@ -46,9 +46,9 @@ def test_the_prompt_is_never_masked_and_t_is_stratified():
 
 def test_the_tokenizer_is_reversible_and_its_template_renders_the_question_alone():
     tokenizer = character_tokenizer()
-    chat = [{"role": "system", "content": "ignored"}, {"role": "user", "content": "3 12 7 = 16"}]
+    chat = [{"role": "system", "content": "ignored"}, {"role": "user", "content": "03 07 12=16"}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert tokenizer.decode(ids) == "<bos>3 12 7 = 16"
-    assert tokenizer.decode(ids, skip_special_tokens=True) == "3 12 7 = 16"
+    assert tokenizer.decode(ids) == "<bos>03 07 12=16"
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "03 07 12=16"
     assert tokenizer.mask_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id
     assert tokenizer("\n")["input_ids"] == [tokenizer.unk_token_id]

@@ -15,7 +15,7 @@ import pytest
 from tasks import SPLITS, TASKS, all_grids, evaluate, extract_answer
 
 COUNTDOWN, SUDOKU = TASKS["countdown"], TASKS["sudoku"]
-GAME = {"numbers": [3, 12, 7], "target": 16}
+GAME = {"numbers": [3, 7, 12], "target": 16}
 GRID = {"puzzle": "0310200404001043", "solution": "4312213434211243"}
 HOSTILE = (
     "",
@@ -83,16 +83,13 @@ def test_unknown_split_is_refused_in_one_line(task):
         task.load("dev")
 
 
-def test_every_solution_is_correct_fits_and_survives_augmentation(task):
+def test_every_solution_is_correct_and_fits(task):
     rng = random.Random(1)
     for split in SPLITS:
         for example in task.load(split)[:500]:
-            augmented = task.augment(example, rng)
-            answer = task.solution(augmented, rng)
-            assert len(answer) <= task.completion_length
-            assert task.is_correct(answer, augmented) and task.is_correct(answer, example)
-            assert task.parse_question(task.question(augmented)) == augmented
-    assert len({task.question(task.augment(example, rng)) for _ in range(100)}) > 1
+            answer = task.solution(example, rng)
+            assert len(answer) <= task.completion_length and task.is_correct(answer, example)
+            assert task.parse_question(task.question(example)) == example
 
 
 def test_solutions_cover_every_order_of_the_terms():
@@ -123,9 +120,10 @@ def test_every_puzzle_has_exactly_one_solution():
 
 def test_a_typed_question_may_be_spaced_freely():
     assert COUNTDOWN.parse_question("  3  12 7=16 ") == GAME
-    assert SUDOKU.parse_question(" 0310200404001043\n") == GRID
+    for text in (" 0310200404001043\n", "a31d2fg4i4kl1n43", "0310 2004 0400 1043", ".31. 2..4 .4.. 1.43"):
+        assert SUDOKU.parse_question(text) == GRID
     chat = COUNTDOWN.messages(GAME)
-    assert [m["role"] for m in chat] == ["system", "user"] and chat[1]["content"] == "3 12 7 = 16"
+    assert [m["role"] for m in chat] == ["system", "user"] and chat[1]["content"] == "03 07 12=16"
 
 
 @pytest.mark.parametrize(
