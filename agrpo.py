@@ -18,7 +18,7 @@ needs m of them; AGRPO draws k of the m steps and weights them so that the expec
     T        horizon: steps t < T enter the gradient       horizon_of                     (B,)
     G, A     completions per prompt, advantage             num_generations, advantages    (B,) or (B, m)
     k        timesteps drawn per completion                mc_samples
-    q_t, w   probability of drawing step t, its weight     proposal, weights              (B, m), (B, k)
+    q_t, w   probability of drawing step t, its weight     q, weights                     (B, m), (B, k)
     rho      probability ratio, new over old policy        ratio                          (N,)
     eps      its clip                                      epsilon_low, epsilon_high
     H        entropy of the distribution behind a token    entropies                      (B, n)
@@ -36,7 +36,7 @@ The state at t masks every position with unmask_step >= t: one integer per token
 
 Reading order: AGRPOConfig, token_logprobs, Rollout, rollout, group_advantages, sample_timesteps,
 clipped_objective, accumulate_gradient. A model is any callable (ids, attention_mask=, positions=) -> logits with
-the attributes mask_token_id and eos_token_id. Logits exist for the positions being written and for no others.
+the attributes mask_token_id and eos_token_id. Logits exist where a token may be written and nowhere else.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -56,10 +56,10 @@ class AGRPOConfig:
     block_length: int | None = None  # blocks are finished left to right; None: one block of n
     unmasking: str = "random"  # random | left_to_right | low_confidence (evaluation only): which positions next
     temperature: float = 1.0  # 0 decodes greedily (evaluation only)
-    top_k: int | None = None  # keep the k likeliest tokens
+    top_k: int | None = None  # choose among this many likeliest tokens; 0: all
     top_p: float = 1.0  # then the fewest whose probability reaches p (needs top_k)
     num_generations: int = 8  # G: completions per prompt
-    mc_samples: int = 8  # k: timesteps per completion in an update; k >= m takes each step once, exactly
+    mc_samples: int = 8  # k: timesteps per completion in an update; k >= T takes each step once, exactly
     importance_sampling: str = "uniform"  # uniform | entropy: how timesteps are drawn
     low_discrepancy: bool = True  # stratify the k draws within each completion
     horizon: str = "executed"  # executed | last_non_eos (the paper's, biased)
@@ -104,7 +104,8 @@ class AGRPOConfig:
 
     @property
     def tokens_per_step(self):
-        """m counts. In a block of b positions and s steps, the first (b mod s) steps write one token more."""
+        """How many tokens each of the m steps writes: in a block of b positions and s steps, the first (b mod s)
+        steps write one more than the others."""
         length, steps = self.completion_length // self.blocks, self.sampling_steps // self.blocks
         return [length // steps + (t < length % steps) for t in range(steps)] * self.blocks
 
@@ -127,7 +128,7 @@ def token_logprobs(logits, mask_token_id, temperature=1.0, support=None):
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     never = torch.finfo(logits.dtype).min  # finite, so that p log p = 0 * never = 0 where -inf would give nan
     if support is None:
-        logits = logits.index_fill(-1, torch.tensor(mask_token_id, device=logits.device), never)
+        logits = logits.index_fill(-1, torch.tensor(mask_token_id, device=logits.device), never).clamp(min=never)
     else:
         logits = logits.gather(-1, support.clamp(min=0)).masked_fill(support < 0, never)
     return logits.log_softmax(-1)
@@ -136,8 +137,8 @@ def token_logprobs(logits, mask_token_id, temperature=1.0, support=None):
 def kept_ids(logits, mask_token_id, config):
     """Support (N, top_k) of the policy under top-k, then top-p: ids in the order of their logits, then -1.
 
-    top-p keeps the token that crosses p. None without truncation. The set is a constant of the gradient, which
-    is then exact almost everywhere: it jumps only where two logits tie.
+    top-p keeps the token that crosses p. None without truncation. The set is a constant of the gradient, which is
+    exact almost everywhere: the set jumps only where two logits tie at its edge or the mass before a token is p.
     """
     if not config.top_k:
         return None
@@ -146,7 +147,8 @@ def kept_ids(logits, mask_token_id, config):
     ids = ids.masked_fill(top == float("-inf"), -1)
     if config.top_p < 1:
         p = token_logprobs(logits, mask_token_id, config.temperature or 1.0, ids).exp()
-        ids = ids.masked_fill(p.cumsum(-1) - p >= config.top_p, -1)  # mass before the token already reaches p
+        mass_before = F.pad(p.cumsum(-1)[:, :-1], (1, 0))
+        ids = ids.masked_fill(mass_before >= config.top_p, -1)
     return F.pad(ids, (0, config.top_k - ids.shape[-1]), value=-1)
 
 
@@ -160,11 +162,16 @@ def kl_divergence(logp, logp_reference):
     return (logp.exp() * (logp - logp_reference)).sum(-1)
 
 
+def uniforms(shape, generator):
+    """Float64, for inverse_cdf; on the generator's device, so that a CPU generator gives a GPU the same draws."""
+    return torch.rand(shape, dtype=torch.float64, generator=generator, device=generator.device)
+
+
 def inverse_cdf(p, u):
-    """Index i with p_0 + .. + p_(i-1) <= u < p_0 + .. + p_i: p (N, S), u (N, k) in [0, 1) -> (N, k).
+    """Index i with p_0 + .. + p_(i-1) <= u sum(p) < p_0 + .. + p_i: p (N, S), u (N, k) in [0, 1) -> (N, k).
 
     In float64: in float32 an entry of about 1e-9 could never be drawn, and u could round up to 1, past the end.
-    An entry of probability 0 is never drawn. p need not sum to 1.
+    An entry of probability 0 is never drawn.
     """
     cumulative = p.double().cumsum(-1)
     u = u.double().clamp(max=1 - 2**-53)  # the largest double below 1: then u * total < total, also after rounding
@@ -230,18 +237,18 @@ def rollout(model, prompt_ids, prompt_mask, config, generator):
     """Sample one completion per row of prompt_ids (B, P) under the policy: m forward passes, fewer if all rows stop.
 
     A completion whose block came out all <eos> stops: the rest is filled with <eos> without an action.
-    Low-confidence unmasking draws every masked token of the block and keeps the likeliest ones; temperature 0
-    takes the likeliest token (its log-probability is then recorded at temperature 1). Both serve evaluation.
+    Low-confidence unmasking draws every masked token of the block and keeps those of highest recorded
+    log-probability; temperature 0 takes the likeliest token and records it at temperature 1. Both are for evaluation.
     """
     device, batch, n, m = prompt_ids.device, len(prompt_ids), config.completion_length, config.sampling_steps
-    empty = torch.zeros(batch, n, dtype=torch.float64, device=device)  # exact for float32 and float64 models
+    zeros = torch.zeros(batch, n, dtype=torch.float64, device=device)  # holds float32 and float64 unrounded
     run = Rollout(
         prompt_ids,
         prompt_mask,
         completion_ids=torch.full((batch, n), model.mask_token_id, device=device),
         unmask_step=draw_unmask_steps(batch, config, generator).to(device),
-        logprobs=empty.clone(),
-        entropies=empty.clone(),
+        logprobs=zeros.clone(),
+        entropies=zeros.clone(),
         steps_taken=torch.zeros(batch, dtype=torch.long, device=device),
         support_ids=torch.full((batch, n, config.top_k), -1, device=device) if config.top_k else None,
         mask_token_id=model.mask_token_id,
@@ -255,9 +262,7 @@ def rollout(model, prompt_ids, prompt_mask, config, generator):
             rows = stop_early(run, rows, start, start - block_length, m)
         if len(rows) == 0:
             break
-        in_block = torch.zeros(n, dtype=torch.bool, device=device)
-        in_block[start : start + block_length] = True
-        write_step(model, run, rows, t, in_block, config, generator)
+        write_step(model, run, rows, t, slice(start, start + block_length), config, generator)
     return run
 
 
@@ -269,11 +274,13 @@ def stop_early(run, rows, start, previous, m):
     return rows[~stopped]
 
 
-def write_step(model, run, rows, t, in_block, config, generator):
+def write_step(model, run, rows, t, block, config, generator):
     """One denoising step of the rows (b,) that still run, in place: draw the action at t and write it."""
     ids = run.completion_ids[rows]  # (b, n)
     low_confidence = config.unmasking == "low_confidence"
-    candidates = (ids == run.mask_token_id) & in_block if low_confidence else run.unmask_step[rows] == t
+    candidates = run.unmask_step[rows] == t  # (b, n) bool, N positions in all
+    if low_confidence:
+        candidates[:, block] = ids[:, block] == run.mask_token_id
     logits = logits_at(model, torch.cat([run.prompt_ids[rows], ids], 1), run.prompt_mask[rows], candidates)
     support = kept_ids(logits, run.mask_token_id, config)  # (N, top_k) or None
     logp = token_logprobs(logits, run.mask_token_id, config.temperature or 1.0, support)  # (N, V or top_k)
@@ -292,25 +299,21 @@ def write_step(model, run, rows, t, in_block, config, generator):
         best = confidence.topk(config.tokens_per_step[t]).indices  # (b, tokens per step)
         written = torch.zeros_like(candidates).scatter(1, best, True)
     row, column = written.nonzero(as_tuple=True)
-    where, keep = (rows[row], column), written[candidates]
-    run.completion_ids[where] = tokens[keep]
-    run.unmask_step[where] = t
-    run.logprobs[where] = token_logp[keep].double()
-    run.entropies[where] = entropy(logp[keep]).double()
+    at, keep = (rows[row], column), written[candidates]
+    run.completion_ids[at] = tokens[keep]
+    run.unmask_step[at] = t
+    run.logprobs[at] = token_logp[keep].double()
+    run.entropies[at] = entropy(logp[keep]).double()
     if support is not None:
-        run.support_ids[where] = support[keep]
+        run.support_ids[at] = support[keep]
     run.steps_taken[rows] += 1
-
-
-def uniforms(shape, generator):
-    return torch.rand(shape, dtype=torch.float64, generator=generator, device=generator.device)
 
 
 # ------------------------------------------------------------------------------- advantages and timesteps
 
 
 def group_advantages(rewards, G, scale_by_std=False):
-    """A = R - mean of the group, rewards (B,) in groups of G neighbours -> (B,). Exactly 0 where a group agrees.
+    """A = R - mean of the group, float rewards (B,) in groups of G neighbours -> (B,). Exactly 0 where a group agrees.
 
     The mean includes the completion itself: exact direction, scale (G - 1) / G of the leave-one-out baseline.
     scale_by_std divides by the group's standard deviation (GRPO): that reweights prompts, a bias.
@@ -319,7 +322,7 @@ def group_advantages(rewards, G, scale_by_std=False):
     groups = rewards.view(-1, G)
     centred = groups - groups.mean(1, keepdim=True)
     if scale_by_std:
-        centred = centred / groups.std(1, keepdim=True).clamp(min=torch.finfo(rewards.dtype).tiny)
+        centred = centred / groups.std(1, keepdim=True)  # 0 / 0 in a group that agrees: overwritten below
     return centred.masked_fill((groups == groups[:, :1]).all(1, keepdim=True), 0).flatten()  # rounding leaves 3e-8
 
 
@@ -332,13 +335,13 @@ def horizon_of(rollout, config):
     """
     if config.horizon == "executed":
         return rollout.steps_taken
-    text = (rollout.completion_ids != rollout.eos_token_id) & (rollout.unmask_step < config.sampling_steps)
-    return rollout.unmask_step.where(text, 0).amax(1) + 1
+    require(rollout.eos_token_id is not None, "horizon last_non_eos needs the rollout's eos_token_id")
+    return rollout.unmask_step.where(rollout.completion_ids != rollout.eos_token_id, 0).amax(1) + 1
 
 
 def proposal(rollout, config):
-    """q (B, m) float64, unnormalised: how likely each step is to be drawn. entropy: the summed entropy of the tokens
-    written at the step (floor 1e-8), large where the model had a choice and the gradient tends to be large."""
+    """Unnormalised q (B, m) float64: how likely each step is to be drawn. entropy: the summed entropy of the tokens
+    written at the step (plus 1e-8), large where the model had a choice and the gradient tends to be large."""
     batch, m = len(rollout.unmask_step), config.sampling_steps
     q = torch.ones(batch, m + 1, dtype=torch.float64, device=rollout.unmask_step.device)
     if config.importance_sampling == "entropy":  # column m collects what the early stop filled in
@@ -347,7 +350,7 @@ def proposal(rollout, config):
 
 
 def steps_from_uniforms(q, u):
-    """Timesteps (B, k) from the proposal q (B, m) and uniforms u (B, k), by inversion."""
+    """Timesteps (B, k) from the proposal q (B, m) and given uniforms u (B, k): the part of the draw to test."""
     return inverse_cdf(q, u)
 
 
@@ -356,8 +359,9 @@ def sample_timesteps(rollout, config, generator):
 
     Importance weights w_j = 1 / (k q_t) / m make E[sum_j w_j f(t_j)] = (1/m) sum_{t < T} f(t) for every f.
     normalization "trajectory" has 1/T in place of 1/m: the paper's per-trajectory mean, biased where T varies.
-    low_discrepancy: one uniform U per completion, u_j = (j + U) / k. Each u_j alone is uniform, so nothing above
-    changes, but the draws of one completion are spread evenly and their sum varies less.
+    low_discrepancy: one uniform U per completion, u_j = (j + U) / k. u_j is uniform on its stratum, and together the
+    k strata cover [0, 1) once: the expectation of the sum is the same, its variance smaller. A single slot is not
+    distributed as q, so nothing may be averaged or subtracted slot by slot.
     """
     m, k = config.sampling_steps, config.mc_samples
     T = horizon_of(rollout, config)[:, None]  # (B, 1)
@@ -396,9 +400,10 @@ def accumulate_gradient(model, rollout, advantages, config, generator, micro_bat
     loss = - 1/B sum_i sum_j w_ij sum_(tokens written at t_ij) [ clipped_objective - beta KL(pi || pi_ref) ]
 
     advantages: (B,), or (B, m) for one per step. Unbiased (up to the constant 1/m) for the first update after a
-    rollout; later updates on the same rollout are biased by per-token ratios and the clip, as in PPO. The KL is
-    per state: it is exact at each visited state, and omits how theta changes which states are visited.
-    Steps no optimizer. Raises ValueError for policies whose likelihood it does not have.
+    rollout, with the default horizon and normalization and beta 0; later updates on the same rollout are biased by
+    per-token ratios and the clip, as in PPO. The KL is per state: exact at each visited state (for the policy before
+    top-k and top-p), it omits how theta changes which states are visited. Steps no
+    optimizer. Raises ValueError for policies whose likelihood it does not have.
     """
     require(
         config.unmasking != "low_confidence",
@@ -407,30 +412,33 @@ def accumulate_gradient(model, rollout, advantages, config, generator, micro_bat
     )
     require(config.temperature > 0, "temperature 0 has no gradient: train with a positive temperature")
     require(config.beta == 0 or reference is not None, "beta > 0 needs a reference model")
+    (batch, n), m = rollout.completion_ids.shape, config.sampling_steps
+    require(n == config.completion_length and rollout.steps_taken.max() <= m, "the rollout is of another config")
+    # A rollout built by hand need not carry the model's ids.
     rollout = replace(rollout, mask_token_id=model.mask_token_id, eos_token_id=model.eos_token_id)
-    batch, m = len(rollout.unmask_step), config.sampling_steps
-    steps, weights = sample_timesteps(rollout, config, generator)
+    steps, weights = sample_timesteps(rollout, config, generator)  # (B, k)
     # (B, m): the total weight of each step; a step drawn twice is computed once.
-    weights = torch.zeros(batch, m, dtype=weights.dtype, device=weights.device).scatter_add(1, steps, weights)
-    advantages = advantages.view(batch, -1).expand(batch, m)
-    needed = weights != 0
+    step_weights = torch.zeros(batch, m, dtype=weights.dtype, device=weights.device).scatter_add(1, steps, weights)
+    advantages = advantages.to(weights.device).reshape(batch, -1).expand(batch, m)
+    needed = step_weights != 0
     if config.beta == 0:
-        needed &= advantages != 0  # their gradient is exactly 0
+        needed &= advantages != 0  # a step without advantage has gradient exactly 0
     rows, times = needed.nonzero(as_tuple=True)  # each pair is one sequence to run forward and backward
-    sums, ratio_error = torch.zeros(4, dtype=torch.float64, device=rows.device), 0.0
+    sums = torch.zeros(4, dtype=torch.float64, device=rows.device)  # loss, tokens, clipped tokens, KL
+    ratio_error = sums.new_zeros(())
     for start in range(0, len(rows), micro_batch):
         row, t = rows[start : start + micro_batch], times[start : start + micro_batch]
-        w, A = weights[row, t] / batch, advantages[row, t]
-        loss, ratio, *counts = state_loss(model, rollout[row], t, w, A, config, reference)
+        w, A = step_weights[row, t] / batch, advantages[row, t]
+        loss, ratio, *rest = state_loss(model, rollout[row], t, w, A, config, reference)
         loss.backward()
-        sums += torch.stack([loss.detach(), *counts])
-        ratio_error = max(ratio_error, (ratio - 1).abs().max().item())
-    loss, tokens, clipped, kl = sums.tolist()
+        sums += torch.stack([loss.detach(), *rest])
+        ratio_error = torch.maximum(ratio_error, (ratio - 1).abs().max())  # unlike max(), it keeps a nan
+    total_loss, tokens, clipped, kl = sums.tolist()
     return {
-        "loss": loss,
+        "loss": total_loss,
         "clip_fraction": clipped / max(tokens, 1),  # share of the tokens whose gradient the clip removed
-        "kl": kl / max(tokens, 1),  # nats per token
-        "ratio_error": ratio_error,  # largest |rho - 1|: rounding alone, right after a rollout
+        "kl": kl / max(tokens, 1),  # nats per token at the drawn steps
+        "ratio_error": ratio_error.item(),  # largest |rho - 1|: rounding alone, right after a rollout
         "evaluations": len(rows),  # sequences run forward and backward
     }
 
@@ -449,14 +457,14 @@ def state_loss(model, part, t, weight, advantage, config, reference):
     if config.beta > 0:
         with torch.no_grad():
             reference_logits = logits_at(reference, ids, part.prompt_mask, chosen)
-        # Of the distributions before truncation: the reference may give no mass to what top-k kept here.
+        # Before truncation: the reference's own top-k may lack a token kept here, and the KL would be infinite.
         kl = kl_divergence(
             token_logprobs(logits, part.mask_token_id, config.temperature),
             token_logprobs(reference_logits, part.mask_token_id, config.temperature),
         )
     loss = -(weight[of_token] * (objective - config.beta * kl)).sum()
     ratio = (logp.detach() - old_logp).exp()
-    clipped = torch.where(advantage > 0, ratio > 1 + config.epsilon_high, ratio < 1 - config.epsilon_low)
+    clipped = (advantage > 0) & (ratio > 1 + config.epsilon_high) | (advantage < 0) & (ratio < 1 - config.epsilon_low)
     return loss, ratio, torch.ones_like(ratio).sum(), clipped.sum(), kl.detach().sum()
 
 

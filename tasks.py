@@ -233,7 +233,7 @@ class Sudoku(Task):
     an answer; they are skipped and do not count as cells.
     """
 
-    MIN_BLANKS, MAX_BLANKS = 6, 12  # no puzzle with fewer than four clues has a single solution
+    MIN_BLANKS, MAX_BLANKS = 6, 10  # 12 is the most that leaves a single solution
     completion_length = 16
     system = (
         "You solve small Sudoku puzzles. A question is a 4x4 grid, written as its four rows from "

@@ -68,11 +68,15 @@ class RMSNorm(nn.Module):
         return self.weight * F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(x.dtype)
 
 
-def rope_angles(length, head_size, theta, device):
-    """cos and sin (L, head_size) of position x theta^(-2i / head_size), i < head_size / 2, repeated for both halves."""
-    frequency = theta ** -(torch.arange(0, head_size, 2, device=device, dtype=torch.float64) / head_size)
-    angle = torch.arange(length, device=device, dtype=torch.float64)[:, None] * frequency  # (L, head_size / 2)
-    return torch.cat([angle, angle], 1).cos(), torch.cat([angle, angle], 1).sin()
+def rope_angles(length, head_size, theta, like):
+    """cos and sin (L, head_size) of position x theta^(-2i / head_size), i < head_size / 2, twice: for both halves.
+
+    On the device of the tensor `like`, in its dtype or float32, whichever is finer."""
+    frequency = theta ** -(torch.arange(0, head_size, 2, device=like.device, dtype=torch.float64) / head_size)
+    angle = torch.arange(length, device=like.device, dtype=torch.float64)[:, None] * frequency  # (L, head_size / 2)
+    angle = torch.cat([angle, angle], 1)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate(x, cos, sin):
@@ -140,11 +144,7 @@ class MaskedDiffusionLM(nn.Module):
         """
         transformer = self.model.transformer
         x = transformer.wte(input_ids)  # (B, L, d)
-        angle_dtype = torch.promote_types(x.dtype, torch.float32)
-        cos, sin = rope_angles(
-            input_ids.shape[1], self.config.d_model // self.config.n_heads, self.config.rope_theta, x.device
-        )
-        cos, sin = cos.to(angle_dtype), sin.to(angle_dtype)
+        cos, sin = rope_angles(x.shape[1], self.config.d_model // self.config.n_heads, self.config.rope_theta, x)
         if attention_mask is not None:
             attention_mask = None if attention_mask.all() else attention_mask[:, None, None, :]  # (B, 1, 1, L)
         for block in transformer.blocks:
@@ -156,11 +156,8 @@ class MaskedDiffusionLM(nn.Module):
         from safetensors.torch import save_file
 
         os.makedirs(path, exist_ok=True)
-        config = (
-            STRUCTURE
-            | asdict(self.config)
-            | {"n_kv_heads": self.config.n_heads, "embedding_size": self.config.vocab_size}
-        )
+        sizes = asdict(self.config)
+        config = STRUCTURE | sizes | {"n_kv_heads": sizes["n_heads"], "embedding_size": sizes["vocab_size"]}
         with open(os.path.join(path, "config.json.tmp"), "w") as file:
             json.dump(config, file, indent=2)
         save_file(self.state_dict(), os.path.join(path, "model.safetensors.tmp"), metadata={"format": "pt"})
@@ -172,19 +169,28 @@ class MaskedDiffusionLM(nn.Module):
         """Read such a folder. Raises ValueError, in one line, on another structure and on missing or wrong tensors."""
         from safetensors.torch import load_file
 
-        with open(os.path.join(path, "config.json")) as file:
-            stored = json.load(file)
-        wrong = {k: stored[k] for k, v in STRUCTURE.items() if stored.get(k, v) != v}
-        if wrong or stored.get("n_kv_heads") not in (None, stored["n_heads"]):
-            raise ValueError(
-                f"{path}/config.json is not of LLaDA's structure: {wrong or 'n_kv_heads differs from n_heads'}"
-            )
-        model = cls(Config(**{f.name: stored[f.name] for f in fields(Config) if f.name in stored}))
+        model = cls(read_config(os.path.join(path, "config.json")))
         try:
             model.load_state_dict(load_file(os.path.join(path, "model.safetensors")))
         except Exception as error:
             raise ValueError(f"{path}/model.safetensors does not fit: {' '.join(str(error).split())}") from error
         return model.to(device=device, dtype=dtype)
+
+
+def read_config(file):
+    """LLaDA's config.json -> Config. Raises ValueError, in one line, if it describes another structure."""
+    with open(file) as opened:
+        try:
+            stored = json.load(opened)
+            wrong = {name: stored[name] for name, value in STRUCTURE.items() if stored.get(name, value) != value}
+            if stored.get("n_kv_heads") not in (None, stored["n_heads"]):
+                wrong["n_kv_heads"] = stored["n_kv_heads"]
+            config = Config(**{f.name: stored[f.name] for f in fields(Config)})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file} does not describe a model of LLaDA's structure: {error}") from error
+    if wrong:
+        raise ValueError(f"{file} does not describe a model of LLaDA's structure: it has {wrong}")
+    return config
 
 
 def diffusion_loss(model, prompt_ids, prompt_mask, completion_ids, generator):

@@ -69,11 +69,11 @@ PRESETS = {
         "sampling_steps": 8,
         "mc_samples": 4,
         "importance_sampling": "entropy",
-        "base_target": 0.15,
+        "base_target": 0.2,
         "base_batch": 128,
         "base_learning_rate": 3e-3,
-        "max_steps": 420,
-        "eval_every": 70,
+        "max_steps": 450,
+        "eval_every": 90,
         "eval_steps": (4, 8, 16),
     },
 }
@@ -167,13 +167,15 @@ def streams(seed, purpose):
 # ------------------------------------------------------------------------------------------- measuring
 
 
+def greedy(config):
+    """The policy that is served: in every step the likeliest tokens of all, no randomness."""
+    return replace(config, unmasking="low_confidence", temperature=0.0, top_k=None, top_p=1.0)
+
+
 def measure(model, tokenizer, task, examples, config, seed):
-    """Share of correct answers, {"sampled": at temperature 1 in random order, "greedy": likeliest tokens first}."""
-    greedy = replace(config, unmasking="low_confidence", temperature=0.0)
-    return {
-        name: accuracy(model, tokenizer, task, examples, c, seed)
-        for name, c in (("sampled", config), ("greedy", greedy))
-    }
+    """Share of correct answers: {"sampled": under the policy that is trained, "greedy": under greedy(config)}."""
+    policies = {"sampled": config, "greedy": greedy(config)}
+    return {name: accuracy(model, tokenizer, task, examples, policy, seed) for name, policy in policies.items()}
 
 
 def accuracy(model, tokenizer, task, examples, config, seed, batch=500):
@@ -420,23 +422,24 @@ def evaluate(run_config):
     from transformers import PreTrainedTokenizerFast
 
     folder = Path(run_config.evaluate)
-    with open(folder / "config.json") as file:
-        stored = json.load(file)
-    config, task = AGRPOConfig(**stored["algorithm"]), tasks.TASKS[stored["run"]["task"]]
+    try:
+        stored = json.loads((folder / "config.json").read_text())
+        config, task = AGRPOConfig(**stored["algorithm"]), tasks.TASKS[stored["run"]["task"]]
+        run_config = replace(run_config, seed=stored["run"]["seed"], eval_steps=stored["run"]["eval_steps"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder}/config.json is not that of a run: {error}") from error
     model = tiny_dllm.MaskedDiffusionLM.from_pretrained(folder / "model")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "model")
     if run_config.prompt:
         answer(model, tokenizer, task, task.parse_question(run_config.prompt), config, run_config.seed)
         return
-    run_config = replace(run_config, seed=stored["run"]["seed"], eval_steps=stored["run"]["eval_steps"])
     table = by_sampling_steps(model, tokenizer, task, run_config, config, task.load("test")[: run_config.test_prompts])
     print_table({steps: {"final": row} for steps, row in table.items()})
 
 
 def answer(model, tokenizer, task, example, config, seed):
     """Show the greedy completion of one question appear step by step, and whether it is right."""
-    greedy = replace(config, unmasking="low_confidence", temperature=0.0)
-    shown = agrpo.rollout(model, *encode(tokenizer, task, [example]), greedy, streams(seed, "answer")[1])
+    shown = agrpo.rollout(model, *encode(tokenizer, task, [example]), greedy(config), streams(seed, "answer")[1])
     text = decode(tokenizer, shown.completion_ids)[0]
     print(f"    question        {task.question(example)}")
     print_trajectory(shown, tokenizer)

@@ -81,9 +81,8 @@ def main(repeats=30):
             x.repeat_interleave(config.num_generations, 0) for x in train.encode(tokenizer, task, examples)
         )
         for part, (bare, full, ratio) in ratios(model, prompts, mask, config, run_config.micro_batch, repeats).items():
-            print(
-                f"{name:<10} {part:<8} bare passes {bare * 1e3:7.1f} ms   in all {full * 1e3:7.1f} ms   ratio {ratio:.3f}"
-            )
+            row = f"{name:<10}{part:<9}bare {bare * 1e3:6.1f} ms   in all {full * 1e3:6.1f} ms   ratio {ratio:.3f}"
+            print(row)
 
 
 if __name__ == "__main__":

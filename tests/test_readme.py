@@ -1,0 +1,28 @@
+"""The README's code runs and its commands parse."""
+
+import re
+import shlex
+from pathlib import Path
+
+import train
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+
+
+def test_the_example_learns_the_answer_it_says(capsys):
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    exec(code, {})
+    assert capsys.readouterr().out.strip() == code.rsplit("# ", 1)[1].strip()
+
+
+def test_every_train_command_is_accepted():
+    commands = re.findall(r"python (train\.py[^`\n]*)", README)
+    assert len(commands) >= 3
+    for command in commands:
+        train.parse_arguments(shlex.split(command.partition("#")[0])[1:])
+
+
+def test_every_file_it_links_exists():
+    root = Path(__file__).resolve().parent.parent
+    for link in re.findall(r"\]\(([\w/]+\.?\w*)\)", README):
+        assert (root / link).exists() or (root / (link + ".py")).exists(), link
