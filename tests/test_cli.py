@@ -106,8 +106,6 @@ def test_sudoku_runs_too_and_the_base_stops_at_its_target(tmp_path):
         2,
         "--sampling-steps",
         4,
-        "--base-target",
-        0.0,
         "--out",
         tmp_path / "run",
     )
@@ -134,6 +132,7 @@ def test_help_is_short_and_names_every_option():
         (["--unmasking", "low_confidence"], "evaluation"),
         (["--temperature", "0"], "evaluation"),
         (["--prompt", "1 2 3 = 6"], "--evaluate"),
+        (["--completion-length", "6"], "need 8"),
         (["--top-p", "0.9"], "top_k"),
         (["--eval-steps", "16"], "exceeds"),
         (["--max-steps", "x"], "invalid"),
