@@ -171,9 +171,10 @@ def inverse_cdf(p, u):
     """Index i with p_0 + .. + p_(i-1) <= u sum(p) < p_0 + .. + p_i: p (N, S), u (N, k) in [0, 1) -> (N, k).
 
     In float64: in float32 an entry of about 1e-9 could never be drawn, and u could round up to 1, past the end.
-    An entry of probability 0 is never drawn.
+    An entry of probability 0 is never drawn. Raises ValueError if an entry is not finite.
     """
     cumulative = p.double().cumsum(-1)
+    require(bool(cumulative[:, -1].isfinite().all()), "probabilities are not finite: the model has diverged")
     u = u.double().clamp(max=1 - 2**-53)  # the largest double below 1: then u * total < total, also after rounding
     return torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
 

@@ -142,6 +142,11 @@ def check(run_config, config):
     for name in ("prompts_per_step", "micro_batch", "base_batch", "eval_every", "test_prompts"):
         if getattr(run_config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("learning_rate", "base_learning_rate", "gradient_clip"):
+        if not 0 < getattr(run_config, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive and finite")
+    if not 0 <= run_config.base_noise <= 1:
+        raise ValueError(f"--base-noise {run_config.base_noise}: in [0, 1]")
     needed = tasks.TASKS[run_config.task].completion_length
     if config.completion_length < needed:
         raise ValueError(f"--completion-length {config.completion_length}: answers to {run_config.task} need {needed}")
@@ -242,14 +247,15 @@ def pretrain(model, run_config, config, task, tokenizer):
     rng, generator = streams(run_config.seed, "base")
     model.init_weights(generator)
     examples = task.load("train")
+    prompt_ids, prompt_mask = encode(tokenizer, task, examples)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     bar = tqdm(range(run_config.base_steps), desc="base model")
     for step in bar:
         decay = 0.5 + 0.5 * math.cos(math.pi * step / run_config.base_steps)
         optimizer.param_groups[0]["lr"] = run_config.base_learning_rate * min(1, (step + 1) / 50) * decay
-        batch = rng.choices(examples, k=run_config.base_batch)
+        batch = rng.choices(range(len(examples)), k=run_config.base_batch)
         answers = tokenizer(
-            [task.solution(example, rng) for example in batch],
+            [task.solution(examples[i], rng) for i in batch],
             padding="max_length",
             padding_side="right",
             max_length=config.completion_length,
@@ -258,7 +264,7 @@ def pretrain(model, run_config, config, task, tokenizer):
         spoilt = torch.rand(answers.shape, generator=generator) < run_config.base_noise
         shuffled = answers.flatten()[torch.randint(answers.numel(), answers.shape, generator=generator)]
         answers = answers.where(~spoilt, shuffled)
-        loss = tiny_dllm.diffusion_loss(model, *encode(tokenizer, task, batch), answers, generator)
+        loss = tiny_dllm.diffusion_loss(model, prompt_ids[batch], prompt_mask[batch], answers, generator)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
@@ -392,7 +398,7 @@ def print_table(table):
 def run(run_config, config):
     """The main job: base model, test, reinforce, test, and everything a person would want to look at."""
     started = time.perf_counter()
-    torch.set_num_threads(min(4, torch.get_num_threads()))  # a tiny model gains nothing from more
+    torch.set_num_threads(min(4, torch.get_num_threads()))  # matrices this small do not pay for many threads
     task, folder = tasks.TASKS[run_config.task], new_folder(run_config)
     tokenizer = tiny_dllm.character_tokenizer()
     write_json(folder / "config.json", {"run": asdict(run_config), "algorithm": asdict(config)})

@@ -87,3 +87,9 @@ def test_the_kl_gradient_pulls_back_to_the_reference(model):
         expected = expected + 0.3 * (p.exp() * (p - r.detach())).sum() / 6 / 4
     expected.backward()
     assert torch.allclose(actual, gradient(model), atol=1e-6)
+
+
+def test_a_diverged_model_is_named_before_it_writes_nonsense(model):
+    model.model.transformer.ff_out.weight.data[3] = float("nan")
+    with pytest.raises(ValueError, match="diverged"):
+        make_rollout(model, make_config())
