@@ -1,6 +1,6 @@
 """Is the gradient that training follows the policy gradient? Enumerate and see.
 
-    python experiments/exact.py          prints the table of the README, about a minute
+    python experiments/exact.py          prints the table of the README, half a minute
 
 A micro model (three words and [MASK], four tokens) has so few trajectories that all of them can be listed, each
 with its probability, in float64. Then J = sum_tau p(tau) R(tau) is a plain function that autograd differentiates,
