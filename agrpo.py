@@ -406,17 +406,10 @@ def accumulate_gradient(model, rollout, advantages, config, generator, micro_bat
     top-k and top-p), it omits how theta changes which states are visited. Steps no
     optimizer. Raises ValueError for policies whose likelihood it does not have.
     """
-    require(
-        config.unmasking != "low_confidence",
-        "low_confidence unmasking is for evaluation: which tokens are kept depends on all that were drawn, so the "
-        "kept ones alone are not the action and have no exact gradient here; train with random or left_to_right",
-    )
-    require(config.temperature > 0, "temperature 0 has no gradient: train with a positive temperature")
-    require(config.beta == 0 or reference is not None, "beta > 0 needs a reference model")
-    (batch, n), m = rollout.completion_ids.shape, config.sampling_steps
-    require(n == config.completion_length and rollout.steps_taken.max() <= m, "the rollout is of another config")
+    require_trainable(rollout, config, reference)
     # A rollout built by hand need not carry the model's ids.
     rollout = replace(rollout, mask_token_id=model.mask_token_id, eos_token_id=model.eos_token_id)
+    batch, m = len(rollout.completion_ids), config.sampling_steps
     steps, weights = sample_timesteps(rollout, config, generator)  # (B, k)
     # (B, m): the total weight of each step; a step drawn twice is computed once.
     step_weights = torch.zeros(batch, m, dtype=weights.dtype, device=weights.device).scatter_add(1, steps, weights)
@@ -442,6 +435,19 @@ def accumulate_gradient(model, rollout, advantages, config, generator, micro_bat
         "ratio_error": ratio_error.item(),  # largest |rho - 1|: rounding alone, right after a rollout
         "evaluations": len(rows),  # sequences run forward and backward
     }
+
+
+def require_trainable(rollout, config, reference):
+    """Raise ValueError, in one line, where there is no gradient to compute."""
+    require(
+        config.unmasking != "low_confidence",
+        "low_confidence unmasking is for evaluation: which tokens are kept depends on all that were drawn, so the "
+        "kept ones alone are not the action and have no exact gradient here; train with random or left_to_right",
+    )
+    require(config.temperature > 0, "temperature 0 has no gradient: train with a positive temperature")
+    require(config.beta == 0 or reference is not None, "beta > 0 needs a reference model")
+    n, taken = rollout.completion_ids.shape[1], int(rollout.steps_taken.max())
+    require(n == config.completion_length and taken <= config.sampling_steps, "the rollout is of another config")
 
 
 def state_loss(model, part, t, weight, advantage, config, reference):

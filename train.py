@@ -69,12 +69,12 @@ PRESETS = {
         "sampling_steps": 8,
         "mc_samples": 4,
         "importance_sampling": "entropy",
-        "base_steps": 300,
+        "base_steps": 600,
         "base_noise": 0.12,
         "base_batch": 128,
         "base_learning_rate": 3e-3,
-        "max_steps": 400,
-        "eval_every": 80,
+        "max_steps": 250,
+        "eval_every": 50,
         "eval_steps": (4, 8, 16),
     },
 }
@@ -113,6 +113,7 @@ def comments(cls):
 
 
 def add_flag(group, field, default, text):
+    """One field of a dataclass as one flag of its type, its default at the end of its help."""
     kind = {"int | None": int, "tuple[int, ...]": int}.get(str(field.type), field.type)
     flag, text = "--" + field.name.replace("_", "-"), text.replace("%", "%%")
     if kind is bool:
@@ -158,7 +159,7 @@ def check(run_config, config):
 
 
 def encode(tokenizer, task, examples):
-    """Prompts of the examples: ids (B, P) long and mask (B, P) bool, padded on the left."""
+    """Prompts of the examples: ids (B, P) long and mask (B, P) bool, padded on the left, as LLaDA's are."""
     chats = [task.messages(example) for example in examples]
     batch = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
@@ -167,6 +168,7 @@ def encode(tokenizer, task, examples):
 
 
 def decode(tokenizer, completion_ids):
+    """Answers as text. <eos> is dropped wherever it stands, as in LLaDA's own generation code: not a full stop."""
     return tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
 
 
@@ -220,8 +222,9 @@ def base_model(run_config, config, task, tokenizer, cache):
     model = new_model(tokenizer, run_config)
     settings = {k: v for k, v in asdict(run_config).items() if k.startswith("base_") or k in ("task", "seed")}
     settings |= {"model": asdict(model.config), "completion_length": config.completion_length}
-    source = Path(tiny_dllm.__file__).read_bytes() + Path(tasks.__file__).read_bytes()
-    key = hashlib.sha256(json.dumps(settings).encode() + source).hexdigest()[:12]
+    # The code is a setting too: after a change to it, an old base model would pass for a new one.
+    code = [Path(module.__file__).read_text() for module in (tiny_dllm, tasks)] + [inspect.getsource(pretrain)]
+    key = hashlib.sha256(json.dumps([settings, code]).encode()).hexdigest()[:12]
     folder = cache / f"base-{run_config.task}-{key}"
     if folder.exists():
         print(f"base model: reusing {folder}")
@@ -251,7 +254,7 @@ def pretrain(model, run_config, config, task, tokenizer):
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     bar = tqdm(range(run_config.base_steps), desc="base model")
     for step in bar:
-        decay = 0.5 + 0.5 * math.cos(math.pi * step / run_config.base_steps)
+        decay = 0.5 + 0.5 * math.cos(math.pi * step / run_config.base_steps)  # 1 to 0
         optimizer.param_groups[0]["lr"] = run_config.base_learning_rate * min(1, (step + 1) / 50) * decay
         batch = rng.choices(range(len(examples)), k=run_config.base_batch)
         answers = tokenizer(
@@ -296,7 +299,7 @@ def reinforce(model, run_config, config, task, tokenizer, folder):
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run_config.gradient_clip, error_if_nonfinite=True)
             optimizer.step()
             metrics |= {"gradient_norm": norm.item(), "learning_rate": optimizer.param_groups[0]["lr"]}
-            metrics["seconds"] = time.perf_counter() - started
+            metrics["seconds"] = time.perf_counter() - started  # the only field that differs between equal runs
             if (step + 1) % run_config.eval_every == 0:
                 metrics["validation"] = measure(model, tokenizer, task, validation, config, run_config.seed)
             history.append(metrics)
@@ -315,6 +318,7 @@ def policy_gradient(model, prompts, run_config, config, task, tokenizer, generat
     """Roll out, reward, compare within groups, add the gradient to .grad. Returns the numbers of the step."""
     G = config.num_generations
     ids, mask = encode(tokenizer, task, prompts)
+    # Each prompt G times in a row: the G neighbours are the group whose rewards are compared.
     run = agrpo.rollout(model, ids.repeat_interleave(G, 0), mask.repeat_interleave(G, 0), config, generator)
     answers = list(zip(decode(tokenizer, run.completion_ids), [p for p in prompts for _ in range(G)]))
     rewards = torch.tensor([task.reward(*answer) for answer in answers])
