@@ -400,11 +400,11 @@ def accumulate_gradient(model, rollout, advantages, config, generator, micro_bat
 
     loss = - 1/B sum_i sum_j w_ij sum_(tokens written at t_ij) [ clipped_objective - beta KL(pi || pi_ref) ]
 
-    advantages: (B,), or (B, m) for one per step. Unbiased (up to the constant 1/m) for the first update after a
-    rollout, with the default horizon and normalization and beta 0; later updates on the same rollout are biased by
-    per-token ratios and the clip, as in PPO. The KL is per state: exact at each visited state (for the policy before
-    top-k and top-p), it omits how theta changes which states are visited. Steps no
-    optimizer. Raises ValueError for policies whose likelihood it does not have.
+    advantages: (B,), or (B, m) for one per step. Unbiased up to the constants 1/m and (G - 1)/G for the first update
+    after a rollout, with the default horizon and normalization and beta 0; later updates on the same rollout are
+    biased by per-token ratios and the clip, as in PPO. The KL is per state: exact at each visited state (for the
+    policy before top-k and top-p), it omits how theta changes which states are visited. Steps no optimizer. Raises
+    ValueError for policies whose likelihood it does not have.
     """
     require_trainable(rollout, config, reference)
     # A rollout built by hand need not carry the model's ids.

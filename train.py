@@ -1,11 +1,12 @@
 """Train a masked diffusion language model by policy gradients, from nothing, on a laptop.
 
     python train.py                                          Countdown, about three minutes on two cores
-    python train.py --task sudoku                            4x4 Sudoku, about eight minutes
+    python train.py --task sudoku                            4x4 Sudoku, six to seven minutes
     python train.py --evaluate runs/countdown-seed0 --prompt "3 12 7 = 16"
 
-A run trains a tiny base model on worked examples until it can write answers but often errs, measures it, improves
-it with rewards alone (agrpo.py), and measures it again. Reading order: RunConfig, pretrain, reinforce, evaluate, run.
+A run trains a tiny base model on worked examples, measures it, improves it with rewards alone (agrpo.py), and measures
+it again. Reading order: RunConfig, policy_gradient, reinforce, pretrain, measure, run. --task sudoku --help shows the
+defaults of that task.
 """
 
 import argparse
@@ -143,6 +144,9 @@ def check(run_config, config):
     for name in ("prompts_per_step", "micro_batch", "base_batch", "eval_every", "test_prompts"):
         if getattr(run_config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("max_steps", "base_steps"):
+        if getattr(run_config, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} must not be negative")
     for name in ("learning_rate", "base_learning_rate", "gradient_clip"):
         if not 0 < getattr(run_config, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} must be positive and finite")
@@ -152,7 +156,10 @@ def check(run_config, config):
     if config.completion_length < needed:
         raise ValueError(f"--completion-length {config.completion_length}: answers to {run_config.task} need {needed}")
     for steps in run_config.eval_steps:
-        replace(config, sampling_steps=steps)
+        try:
+            replace(config, sampling_steps=steps)
+        except ValueError as error:
+            raise ValueError(f"--eval-steps {steps}: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------------- text
@@ -173,8 +180,8 @@ def decode(tokenizer, completion_ids):
 
 
 def streams(seed, purpose):
-    """Random numbers of one purpose: (random.Random, torch.Generator). Separate, so that a cached base model, one
-    evaluation more or a resumed run changes no other number."""
+    """Random numbers of one purpose: (random.Random, torch.Generator). Separate, so that a cached base model, or
+    one evaluation more, changes no other number."""
     rng = random.Random(f"{purpose} {seed}")
     return rng, torch.Generator().manual_seed(rng.getrandbits(62))
 
@@ -199,8 +206,8 @@ def accuracy(model, tokenizer, task, examples, config, seed, batch=500):
     correct = 0
     for start in range(0, len(examples), batch):
         chunk = examples[start : start + batch]
-        run = agrpo.rollout(model, *encode(tokenizer, task, chunk), config, generator)
-        correct += sum(map(task.is_correct, decode(tokenizer, run.completion_ids), chunk))
+        rollout = agrpo.rollout(model, *encode(tokenizer, task, chunk), config, generator)
+        correct += sum(map(task.is_correct, decode(tokenizer, rollout.completion_ids), chunk))
     return correct / len(examples)
 
 
@@ -319,15 +326,17 @@ def policy_gradient(model, prompts, run_config, config, task, tokenizer, generat
     G = config.num_generations
     ids, mask = encode(tokenizer, task, prompts)
     # Each prompt G times in a row: the G neighbours are the group whose rewards are compared.
-    run = agrpo.rollout(model, ids.repeat_interleave(G, 0), mask.repeat_interleave(G, 0), config, generator)
-    answers = list(zip(decode(tokenizer, run.completion_ids), [p for p in prompts for _ in range(G)]))
+    rollout = agrpo.rollout(model, ids.repeat_interleave(G, 0), mask.repeat_interleave(G, 0), config, generator)
+    answers = list(zip(decode(tokenizer, rollout.completion_ids), [p for p in prompts for _ in range(G)]))
     rewards = torch.tensor([task.reward(*answer) for answer in answers])
     advantages = agrpo.group_advantages(rewards, G)
-    stats = agrpo.accumulate_gradient(model, run, advantages, config, generator, run_config.micro_batch, reference)
+    stats = agrpo.accumulate_gradient(model, rollout, advantages, config, generator, run_config.micro_batch, reference)
     return {
         "reward": rewards.mean().item(),
         "accuracy": sum(task.is_correct(*answer) for answer in answers) / len(answers),
-        "entropy": run.entropies[run.unmask_step < config.sampling_steps].mean().item(),  # nats per written token
+        "entropy": rollout.entropies[rollout.unmask_step < config.sampling_steps]
+        .mean()
+        .item(),  # nats per written token
         "signal": (advantages.view(-1, G) != 0).any(1).float().mean().item(),  # share of groups that disagree
         **stats,
     }
@@ -432,6 +441,8 @@ def run(run_config, config):
     print("\na test question, answered by the trained model:")
     answer(model, tokenizer, task, test[0], config, run_config.seed)
     print(f'\n{picture}\nask it yourself: python train.py --evaluate {folder} --prompt "{task.question(test[1])}"')
+    if history and not any(metrics["signal"] for metrics in history):
+        print("nothing was learnt: no two answers to a question ever differed in reward; try more --base-steps")
     changes = [f"{kind} {summary['base'][kind]:.1%} -> {summary['final'][kind]:.1%}" for kind in summary["base"]]
     print(f"done in {summary['seconds']:.0f} s: {', '.join(changes)}")
 
@@ -441,6 +452,8 @@ def evaluate(run_config):
     from transformers import PreTrainedTokenizerFast
 
     folder = Path(run_config.evaluate)
+    if not (folder / "summary.json").exists():
+        raise ValueError(f"{folder} holds no finished run: --evaluate takes the folder of one (it has a summary.json)")
     try:
         stored = json.loads((folder / "config.json").read_text())
         config, task = AGRPOConfig(**stored["algorithm"]), tasks.TASKS[stored["run"]["task"]]

@@ -113,9 +113,10 @@ def test_help_is_short_and_names_every_option(capsys):
         (["--prompt", "1 2 3 = 6"], "--evaluate"),
         (["--completion-length", "6"], "need 8"),
         (["--learning-rate", "nan"], "finite"),
+        (["--max-steps", "-1"], "negative"),
         (["--base-noise", "1.5"], "[0, 1]"),
         (["--top-p", "0.9"], "top_k"),
-        (["--eval-steps", "16"], "exceeds"),
+        (["--eval-steps", "16"], "--eval-steps 16"),
         (["--max-steps", "x"], "invalid"),
         (["--steps", "3"], "--steps"),
     ],
@@ -129,7 +130,8 @@ def test_misuse_says_one_line_and_exits_with_2(arguments, word, capsys):
 def test_other_failures_say_one_line_and_exit_with_1(done, tmp_path):
     folder, _ = done
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "config.json").write_text("{}")
+    for name in ("config.json", "summary.json"):
+        (tmp_path / "broken" / name).write_text("{}")
     for arguments, word in (
         ([*SHORT, "--out", folder], "already holds a run"),
         (["--evaluate", tmp_path / "nowhere"], "nowhere"),
