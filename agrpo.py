@@ -6,7 +6,7 @@ m denoising steps. AGRPO (arXiv 2510.04019) reads this as a Markov decision proc
     state s_t     the prompt and the completion as the model sees it before step t: some tokens, some [MASK]
     action a_t    the tokens written at step t, each drawn from the model's distribution at its position
     reward R      one number for the finished completion
-    gradient      grad J = E[ A sum_t grad log pi(a_t | s_t) ],    A: how much better R is than its group's mean
+    gradient      grad J = E[ A sum_t grad log pi(a_t | s_t) ],    A = R - baseline: how much better than expected
 
 Every log pi(a_t | s_t) is exact and costs one forward pass on s_t. No pass serves two steps, so the full sum
 needs m of them; AGRPO draws k of the m steps and weights them so that the expectation stays what it was.
