@@ -26,3 +26,11 @@ def test_every_file_it_links_exists():
     root = Path(__file__).resolve().parent.parent
     for link in re.findall(r"\]\(([\w/]+\.?\w*)\)", README):
         assert (root / link).exists() or (root / (link + ".py")).exists(), link
+
+
+def test_the_line_counts_are_about_right():
+    rows = re.findall(r"^\| \[([\w/]+\.py)\]\([^)]*\) \| (\d+) \|", README, re.MULTILINE)
+    assert len(rows) == 6
+    for name, count in rows:
+        actual = len((Path(train.__file__).parent / name).read_text().splitlines())
+        assert abs(actual - int(count)) <= 0.05 * actual, (name, actual)
