@@ -104,8 +104,8 @@ class Countdown(Task):
 
     {"numbers": [3, 7, 12], "target": 16}   "03 07 12=16"   ->   "12+7-3"
 
-    Two digits each, in ascending order: with every digit in a fixed place the tiny model learns
-    several times faster than from "12 3 7 = 16".
+    Two digits each, in ascending order: with every digit in a fixed place the tiny model learnt
+    more in the same time than from "12 3 7 = 16" (README, what did not work).
 
     Every target can be reached with + and - alone; an answer may use * / and parentheses too.
     The splits share no pair of multiset and target, though they do share multisets.
