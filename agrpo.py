@@ -234,8 +234,10 @@ def draw_unmask_steps(batch, config, generator):
 
 
 @torch.no_grad()
-def rollout(model, prompt_ids, prompt_mask, config, generator):
+def rollout(model, prompt_ids, prompt_mask, config, generator, micro_batch=None):
     """Sample one completion per row of prompt_ids (B, P) under the policy: m forward passes, fewer if all rows stop.
+
+    micro_batch sequences per forward pass, None for all at once: it bounds memory and changes no draw.
 
     A completion whose block came out all <eos> stops: the rest is filled with <eos> without an action.
     Low-confidence unmasking draws every masked token of the block and keeps those of highest recorded
@@ -263,7 +265,10 @@ def rollout(model, prompt_ids, prompt_mask, config, generator):
             rows = stop_early(run, rows, start, start - block_length, m)
         if len(rows) == 0:
             break
-        write_step(model, run, rows, t, slice(start, start + block_length), config, generator)
+        # A uniform for every position, used or not: a row's draws must not depend on which others are running.
+        u = uniforms((batch, n), generator).to(device) if config.temperature > 0 else None
+        for part in rows.split(micro_batch or batch):
+            write_step(model, run, part, t, slice(start, start + block_length), config, u)
     return run
 
 
@@ -275,8 +280,8 @@ def stop_early(run, rows, start, previous, m):
     return rows[~stopped]
 
 
-def write_step(model, run, rows, t, block, config, generator):
-    """One denoising step of the rows (b,) that still run, in place: draw the action at t and write it."""
+def write_step(model, run, rows, t, block, config, u):
+    """One denoising step of some rows (b,), in place: draw the action at t with the uniforms u (B, n), write it."""
     ids = run.completion_ids[rows]  # (b, n)
     low_confidence = config.unmasking == "low_confidence"
     candidates = run.unmask_step[rows] == t  # (b, n) bool, N positions in all
@@ -288,9 +293,7 @@ def write_step(model, run, rows, t, block, config, generator):
     if config.temperature == 0:
         index = logp.argmax(1, keepdim=True)
     else:
-        # A uniform for every position, used or not: a row's draws must not depend on which others stopped.
-        u = uniforms(run.completion_ids.shape, generator).to(logp.device)[rows][candidates]
-        index = inverse_cdf(logp.double().exp(), u[:, None])
+        index = inverse_cdf(logp.double().exp(), u[rows][candidates][:, None])
     tokens = (index if support is None else support.gather(1, index)).squeeze(1)  # (N,)
     token_logp = logp.gather(1, index).squeeze(1)
     written = candidates

@@ -47,14 +47,15 @@ class RunConfig:
     learning_rate: float = 5e-4  # AdamW; ten updates of warm-up, the last fifth linearly to zero
     prompts_per_step: int = 32  # prompts per update, each with num_generations completions
     gradient_clip: float = 0.2  # largest norm of the gradient
-    micro_batch: int = 256  # sequences per forward and backward pass: lower it if memory runs out
+    tokens_per_pass: int = 5120  # per forward and backward pass, prompts included: lower it if memory runs out
     base_steps: int = 3000  # supervised updates of the base model
     base_noise: float = 0.0  # share of the tokens of worked examples that are replaced by random ones
     base_learning_rate: float = 2e-3  # peak, AdamW, cosine to zero over base_steps
     base_batch: int = 64  # worked examples per supervised update
     eval_every: int = 75  # updates between two validations
     eval_steps: tuple[int, ...] = (1, 2, 4, 8)  # numbers of sampling steps in the final table
-    test_prompts: int = 1000  # questions of the test split that a report is measured on
+    eval_split: str = "test"  # test | validation: questions of the report; validation while choosing settings
+    eval_prompts: int = 1000  # at most this many of them
     evaluate: str = ""  # folder of a finished run: measure it, or answer --prompt, instead of training
     prompt: str = ""  # with --evaluate: one question to answer
 
@@ -75,6 +76,7 @@ PRESETS = {
         "base_batch": 128,
         "base_learning_rate": 3e-3,
         "max_steps": 250,
+        "tokens_per_pass": 8448,
         "eval_every": 50,
         "eval_steps": (4, 8, 16),
     },
@@ -141,7 +143,7 @@ def check(run_config, config):
         raise ValueError("--prompt needs --evaluate RUN: which run should answer?")
     if config.unmasking == "low_confidence" or config.temperature == 0:
         raise ValueError("--unmasking low_confidence and --temperature 0 are for evaluation, which uses them anyway")
-    for name in ("prompts_per_step", "micro_batch", "base_batch", "eval_every", "test_prompts"):
+    for name in ("prompts_per_step", "tokens_per_pass", "base_batch", "eval_every", "eval_prompts"):
         if getattr(run_config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
     for name in ("max_steps", "base_steps"):
@@ -150,6 +152,8 @@ def check(run_config, config):
     for name in ("learning_rate", "base_learning_rate", "gradient_clip"):
         if not 0 < getattr(run_config, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} must be positive and finite")
+    if run_config.eval_split not in ("test", "validation"):
+        raise ValueError(f"--eval-split {run_config.eval_split}: choose test or validation")
     if not 0 <= run_config.base_noise <= 1:
         raise ValueError(f"--base-noise {run_config.base_noise}: in [0, 1]")
     needed = tasks.TASKS[run_config.task].completion_length
@@ -194,30 +198,34 @@ def greedy(config):
     return replace(config, unmasking="low_confidence", temperature=0.0, top_k=None, top_p=1.0)
 
 
-def measure(model, tokenizer, task, examples, config, seed):
+def measure(model, tokenizer, task, examples, config, run_config):
     """Share of correct answers: {"sampled": under the policy that is trained, "greedy": under greedy(config)}."""
     policies = {"sampled": config, "greedy": greedy(config)}
-    return {name: accuracy(model, tokenizer, task, examples, policy, seed) for name, policy in policies.items()}
+    return {name: accuracy(model, tokenizer, task, examples, policy, run_config) for name, policy in policies.items()}
 
 
-def accuracy(model, tokenizer, task, examples, config, seed, batch=500):
+def accuracy(model, tokenizer, task, examples, config, run_config):
     """Share of the examples that the model answers correctly, one completion each."""
-    _, generator = streams(seed, "evaluation")
-    correct = 0
-    for start in range(0, len(examples), batch):
-        chunk = examples[start : start + batch]
-        rollout = agrpo.rollout(model, *encode(tokenizer, task, chunk), config, generator)
-        correct += sum(map(task.is_correct, decode(tokenizer, rollout.completion_ids), chunk))
+    _, generator = streams(run_config.seed, "evaluation")
+    ids, mask = encode(tokenizer, task, examples)
+    rows, correct = rows_per_pass(run_config, ids, config), 0
+    for chunk in torch.arange(len(examples)).split(rows):
+        rollout = agrpo.rollout(model, ids[chunk], mask[chunk], config, generator)
+        answers = decode(tokenizer, rollout.completion_ids)
+        correct += sum(task.is_correct(answer, examples[i]) for answer, i in zip(answers, chunk))
     return correct / len(examples)
+
+
+def rows_per_pass(run_config, prompt_ids, config):
+    """How many sequences of these prompts and their completions make up tokens_per_pass; at least one."""
+    return max(1, run_config.tokens_per_pass // (prompt_ids.shape[1] + config.completion_length))
 
 
 def by_sampling_steps(model, tokenizer, task, run_config, config, examples):
     """{steps: {"sampled", "greedy"}} for the steps trained with and every entry of --eval-steps."""
     table = {}
     for steps in tqdm(sorted({*run_config.eval_steps, config.sampling_steps}), desc="testing", leave=False):
-        table[str(steps)] = measure(
-            model, tokenizer, task, examples, replace(config, sampling_steps=steps), run_config.seed
-        )
+        table[str(steps)] = measure(model, tokenizer, task, examples, replace(config, sampling_steps=steps), run_config)
     return table
 
 
@@ -308,7 +316,7 @@ def reinforce(model, run_config, config, task, tokenizer, folder):
             metrics |= {"gradient_norm": norm.item(), "learning_rate": optimizer.param_groups[0]["lr"]}
             metrics["seconds"] = time.perf_counter() - started  # the only field that differs between equal runs
             if (step + 1) % run_config.eval_every == 0:
-                metrics["validation"] = measure(model, tokenizer, task, validation, config, run_config.seed)
+                metrics["validation"] = measure(model, tokenizer, task, validation, config, run_config)
             history.append(metrics)
             log.write(json.dumps(metrics) + "\n")
             log.flush()
@@ -326,11 +334,12 @@ def policy_gradient(model, prompts, run_config, config, task, tokenizer, generat
     G = config.num_generations
     ids, mask = encode(tokenizer, task, prompts)
     # Each prompt G times in a row: the G neighbours are the group whose rewards are compared.
-    rollout = agrpo.rollout(model, ids.repeat_interleave(G, 0), mask.repeat_interleave(G, 0), config, generator)
+    ids, mask, rows = ids.repeat_interleave(G, 0), mask.repeat_interleave(G, 0), rows_per_pass(run_config, ids, config)
+    rollout = agrpo.rollout(model, ids, mask, config, generator, rows)
     answers = list(zip(decode(tokenizer, rollout.completion_ids), [p for p in prompts for _ in range(G)]))
     rewards = torch.tensor([task.reward(*answer) for answer in answers])
     advantages = agrpo.group_advantages(rewards, G)
-    stats = agrpo.accumulate_gradient(model, rollout, advantages, config, generator, run_config.micro_batch, reference)
+    stats = agrpo.accumulate_gradient(model, rollout, advantages, config, generator, rows, reference)
     return {
         "reward": rewards.mean().item(),
         "accuracy": sum(task.is_correct(*answer) for answer in answers) / len(answers),
@@ -361,7 +370,7 @@ def print_trajectory(run, tokenizer, row=0):
         )
 
 
-def draw_curve(history, base, final, path):
+def draw_curve(history, base, final, split, path):
     """curve.png: accuracy above; entropy and the share of groups with signal, which explain where it stops, below."""
     try:
         import matplotlib
@@ -376,14 +385,16 @@ def draw_curve(history, base, final, path):
     checked = [metrics for metrics in history if "validation" in metrics]
     for kind, color in (("sampled", "C0"), ("greedy", "C1")):
         top.plot(
-            [0, *(m["step"] for m in checked)],
-            [math.nan, *(m["validation"][kind] for m in checked)],
+            [m["step"] for m in checked],
+            [m["validation"][kind] for m in checked],
             "o-",
             ms=3,
             color=color,
             label=f"{kind}, validation prompts",
         )
-        top.plot([0, len(history)], [base[kind], final[kind]], "*", ms=11, color=color, label=f"{kind}, test prompts")
+        top.plot(
+            [0, len(history)], [base[kind], final[kind]], "*", ms=11, color=color, label=f"{kind}, {split} prompts"
+        )
     top.set(ylabel="share of correct answers", ylim=(0, 1))
     top.legend(fontsize=8)
     bottom.plot(steps, [metrics["entropy"] for metrics in history], color="C2", label="entropy, nats per token")
@@ -396,13 +407,13 @@ def draw_curve(history, base, final, path):
     return f"learning curve: {path}"
 
 
-def print_table(table):
-    """Base against trained, test prompts, by number of sampling steps."""
+def print_table(table, split):
+    """Base against trained, by number of sampling steps."""
     models = list(next(iter(table.values())))
-    print("\n" + "test accuracy".ljust(16) + "".join(f"{model:>11} sampled{model:>11} greedy" for model in models))
+    print("\n" + f"{split} accuracy".ljust(20) + "".join(f"{model:>11} sampled{model:>11} greedy" for model in models))
     for steps, row in table.items():
         cells = "".join(f"{row[model]['sampled']:>19.1%}{row[model]['greedy']:>18.1%}" for model in models)
-        print(f"{steps:>3} steps".ljust(16) + cells)
+        print(f"{steps:>3} steps".ljust(20) + cells)
 
 
 # -------------------------------------------------------------------------------------------------- programs
@@ -416,10 +427,10 @@ def run(run_config, config):
     tokenizer = tiny_dllm.character_tokenizer()
     write_json(folder / "config.json", {"run": asdict(run_config), "algorithm": asdict(config)})
     model = base_model(run_config, config, task, tokenizer, cache=folder.parent)
-    test = task.load("test")[: run_config.test_prompts]
-    tables = {"base": by_sampling_steps(model, tokenizer, task, run_config, config, test)}
+    questions = task.load(run_config.eval_split)[: run_config.eval_prompts]
+    tables = {"base": by_sampling_steps(model, tokenizer, task, run_config, config, questions)}
     history = reinforce(model, run_config, config, task, tokenizer, folder)
-    tables["final"] = by_sampling_steps(model, tokenizer, task, run_config, config, test)
+    tables["final"] = by_sampling_steps(model, tokenizer, task, run_config, config, questions)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     m = str(config.sampling_steps)
@@ -436,11 +447,11 @@ def run(run_config, config):
         },
     }
     write_json(folder / "summary.json", summary)
-    picture = draw_curve(history, summary["base"], summary["final"], folder / "curve.png")
-    print_table(summary["by_sampling_steps"])
-    print("\na test question, answered by the trained model:")
-    answer(model, tokenizer, task, test[0], config, run_config.seed)
-    print(f'\n{picture}\nask it yourself: python train.py --evaluate {folder} --prompt "{task.question(test[1])}"')
+    picture = draw_curve(history, summary["base"], summary["final"], run_config.eval_split, folder / "curve.png")
+    print_table(summary["by_sampling_steps"], run_config.eval_split)
+    print(f"\na {run_config.eval_split} question, answered by the trained model:")
+    answer(model, tokenizer, task, questions[0], config, run_config.seed)
+    print(f'\n{picture}\nask it yourself: python train.py --evaluate {folder} --prompt "{task.question(questions[1])}"')
     if history and not any(metrics["signal"] for metrics in history):
         print("nothing was learnt: no two answers to a question ever differed in reward; try more --base-steps")
     changes = [f"{kind} {summary['base'][kind]:.1%} -> {summary['final'][kind]:.1%}" for kind in summary["base"]]
@@ -448,7 +459,7 @@ def run(run_config, config):
 
 
 def evaluate(run_config):
-    """Measure a finished run on the test prompts, or answer one typed question with it."""
+    """Measure a finished run again, or answer one typed question with it."""
     from transformers import PreTrainedTokenizerFast
 
     folder = Path(run_config.evaluate)
@@ -465,8 +476,10 @@ def evaluate(run_config):
     if run_config.prompt:
         answer(model, tokenizer, task, task.parse_question(run_config.prompt), config, run_config.seed)
         return
-    table = by_sampling_steps(model, tokenizer, task, run_config, config, task.load("test")[: run_config.test_prompts])
-    print_table({steps: {"final": row} for steps, row in table.items()})
+    table = by_sampling_steps(
+        model, tokenizer, task, run_config, config, task.load(run_config.eval_split)[: run_config.eval_prompts]
+    )
+    print_table({steps: {"final": row} for steps, row in table.items()}, run_config.eval_split)
 
 
 def answer(model, tokenizer, task, example, config, seed):

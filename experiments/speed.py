@@ -80,7 +80,8 @@ def main(repeats=30):
         prompts, mask = (
             x.repeat_interleave(config.num_generations, 0) for x in train.encode(tokenizer, task, examples)
         )
-        for part, (bare, full, ratio) in ratios(model, prompts, mask, config, run_config.micro_batch, repeats).items():
+        rows = train.rows_per_pass(run_config, prompts, config)
+        for part, (bare, full, ratio) in ratios(model, prompts, mask, config, rows, repeats).items():
             row = f"{name:<10}{part:<9}bare {bare * 1e3:6.1f} ms   in all {full * 1e3:6.1f} ms   ratio {ratio:.3f}"
             print(row)
 

@@ -28,8 +28,8 @@ def make_prompts(batch=6, length=5):
     return ids.where(mask, EOS), mask
 
 
-def make_rollout(model, config, batch=6, seed=2):
-    return rollout(model, *make_prompts(batch), config, torch.Generator().manual_seed(seed))
+def make_rollout(model, config, batch=6, seed=2, micro_batch=None):
+    return rollout(model, *make_prompts(batch), config, torch.Generator().manual_seed(seed), micro_batch)
 
 
 def gradient(model):

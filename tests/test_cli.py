@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+import tasks
 from agrpo import AGRPOConfig
-from train import RunConfig, parse_arguments
+from train import RunConfig, main, parse_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = "--base-steps 150 --base-batch 16 --max-steps 4 --eval-every 2 --prompts-per-step 4 --test-prompts 40"
+FLAGS = "--base-steps 150 --base-batch 16 --max-steps 4 --eval-every 2 --prompts-per-step 4 --eval-prompts 40"
 # Sudoku: a base model that has barely learnt to write digits gets some cells right: there is a gradient to compare.
 SHORT = ["--task", "sudoku", *FLAGS.split(), "--sampling-steps", "4", "--eval-steps", "4"]
 
@@ -78,13 +79,23 @@ def test_a_finished_run_answers_a_typed_question_and_is_measured_again(done):
     folder, _ = done
     result = train("--evaluate", folder, "--prompt", "0310 2004 0400 1043")
     assert result.returncode == 0 and "before step 1" in result.stdout and "answer" in result.stdout
-    result = train("--evaluate", folder, "--test-prompts", 40)
+    result = train("--evaluate", folder, "--eval-prompts", 40)
     final = json.loads((folder / "summary.json").read_text())["final"]
     assert f"{final['sampled']:.1%}" in result.stdout and f"{final['greedy']:.1%}" in result.stdout
 
 
+def test_settings_can_be_chosen_without_reading_the_test_questions(tmp_path, monkeypatch, capsys):
+    read = []
+    load = tasks.Countdown.load
+    monkeypatch.setattr(tasks.Countdown, "load", lambda self, split: read.append(split) or load(self, split))
+    flags = "--base-steps 3 --base-batch 8 --max-steps 1 --eval-steps 2 --eval-prompts 20 --eval-split validation"
+    assert main([*flags.split(), "--out", str(tmp_path / "run")]) == 0
+    assert "validation" in read and "test" not in read
+    assert "test accuracy" not in capsys.readouterr().out
+
+
 def test_countdown_without_policy_gradients_is_the_supervised_control(tmp_path):
-    flags = "--base-steps 12 --base-batch 16 --max-steps 0 --eval-steps 2 --test-prompts 40"
+    flags = "--base-steps 12 --base-batch 16 --max-steps 0 --eval-steps 2 --eval-prompts 40"
     result = train(*flags.split(), "--out", tmp_path / "run")
     assert result.returncode == 0, result.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -27,6 +27,9 @@ def setting(request, model, monkeypatch):
 @pytest.mark.parametrize("micro_batch", [1, 2, 5])
 def test_micro_batch(setting, micro_batch):
     model, config, run, _, expected = setting
+    again = make_rollout(model, config, micro_batch=micro_batch)
+    assert torch.equal(again.completion_ids, run.completion_ids) and torch.equal(again.unmask_step, run.unmask_step)
+    assert torch.allclose(again.logprobs, run.logprobs, atol=1e-6)
     accumulate_gradient(model, run, ADVANTAGES, config, None, micro_batch)
     assert torch.allclose(gradient(model), expected, atol=1e-6)
 
