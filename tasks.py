@@ -3,22 +3,30 @@
     task       question (what the tiny model reads)   completion          reward if correct
     countdown  "03 07 12=16"                          "12+7-3"            3.0
     sudoku     "a31d2fg4i4kl1n43" (letters: empty)    "4312213434211243"  1.0
+    gsm8k      "Janet's ducks lay 16 eggs per day..." "<answer>18</answer>"            3.0
+    math       "Convert the point $(0,3)$..."         "<answer>\\boxed{5}</answer>"   3.0
 
-The tiny character-level model reads the bare question. An instruction-tuned model reads it below
-a system message that explains it; it may reason first and gives its answer in <answer> tags, and
-chat=True adds credit for form. A completion is hostile input: it is bounded and parsed, never
-evaluated, and what does not parse earns exactly 0.
+TASKS holds the tasks as the tiny character-level model reads them: the bare question. CHAT_TASKS holds them for an
+instruction-tuned model: a system message explains, the model may reason first, gives its answer in <answer> tags, and
+chat=True adds credit for form. A completion is hostile input: it is bounded and parsed, never evaluated, and what
+does not parse earns nothing but that.
 
     task = TASKS["countdown"]
     example = task.load("test")[0]
     task.question(example), task.reward("12+7-3", example), task.is_correct("12+7-3", example)
 """
 
+import csv
 import functools
 import itertools
+import json
 import operator
+import os
 import random
 import re
+import select
+import subprocess
+import sys
 from fractions import Fraction
 
 SEED = 2510  # of every split: two runs, and two machines, see the same examples
@@ -41,22 +49,93 @@ def extract_answer(completion):
 
 
 class Task:
-    """What the tasks share. Each adds questions, rewards, system and completion_length (tiny n)."""
+    """What the tasks share. Each adds questions, rewards, system, and how a row of a data file becomes an example."""
 
-    def load(self, split):
-        """The examples of a split, plain dicts in a list of the caller's own."""
+    def load(self, split, data=None):
+        """The examples of a split, plain dicts in a list of the caller's own; of the file `data` if there is one."""
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
-        return list(self._split(split))
+        return self._part(split, data) if data else list(self._split(split))
+
+    def read(self, path):
+        """All examples of a local JSONL, CSV or parquet file. A malformed row raises ValueError with file and line."""
+        return [self._checked(row, where) for where, row in read_rows(path)]
+
+    def _checked(self, row, where):
+        try:
+            return self._from_row(row)
+        except KeyError as error:
+            raise ValueError(f"{where}: there is no column {error} among {', '.join(map(str, row))}") from error
+        except (AttributeError, TypeError, ValueError, IndexError) as error:
+            raise ValueError(f"{where}: {error}") from error
+
+    def _part(self, split, data):
+        """A tenth of a file for testing, a twentieth for validation, the rest for training, by key: no key in two."""
+        examples = self.read(data)
+        keys = sorted({self.key(example) for example in examples})
+        random.Random(SEED).shuffle(keys)
+        tests, validations = max(1, len(keys) // 10), max(1, len(keys) // 20)
+        if len(keys) <= tests + validations:
+            raise ValueError(f"{data}: {len(keys)} different questions are too few to train, validate and test on")
+        start, stop = {
+            "test": (0, tests),
+            "validation": (tests, tests + validations),
+            "train": (tests + validations, None),
+        }[split]
+        chosen = set(keys[start:stop])
+        return [example for example in examples if self.key(example) in chosen]
 
     def messages(self, example):
         """The prompt as a chat; the tiny model's template renders the user's message alone."""
-        question = {"role": "user", "content": self.question(example)}
-        return [{"role": "system", "content": self.system}, question]
+        system = self.system.format(asked=self.asked)
+        return [{"role": "system", "content": system}, {"role": "user", "content": self.question(example)}]
+
+
+def read_rows(path):
+    """(where, row) for each row of a local file; where is "file:line". Values of a CSV file stay text."""
+    name = os.path.basename(path)
+    try:
+        if path.endswith((".jsonl", ".json")):
+            with open(path, encoding="utf-8") as file:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield f"{name}:{number}", _json_row(line, f"{name}:{number}")
+        elif path.endswith(".csv"):  # no guessing of types: a puzzle's leading zeros are part of it
+            with open(path, encoding="utf-8", newline="") as file:
+                rows = csv.DictReader(file)
+                for row in rows:
+                    yield f"{name}:{rows.line_num}", row
+        elif path.endswith(".parquet"):
+            for number, row in enumerate(_datasets().Dataset.from_parquet(path), 1):
+                yield f"{name}, row {number}", row
+        else:
+            raise ValueError(f"{path}: a data file ends in .jsonl, .csv or .parquet")
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def _json_row(line, where):
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: not a JSON object")
+    return row
+
+
+def _datasets():
+    """The datasets library, needed only where data is downloaded or parquet."""
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise ValueError("this needs datasets: pip install datasets") from error
+    return datasets
 
 
 # ---- Countdown ---------------------------------------------------------------------------------
 
+ALLOWED = r"[0-9+\-*/()\s]+"
 # One row per precedence, what binds loosest first.
 OPERATORS = (
     {"+": operator.add, "-": operator.sub},
@@ -71,8 +150,7 @@ def evaluate(expression):
     minus: a sign in front would make a number that was not given. Python's own eval would hang
     on 9**9**9**9; here a second star in a row is an operator without an operand.
     """
-    allowed = re.fullmatch(r"[0-9+\-*/()\s]+", expression, re.ASCII)
-    if not allowed or len(expression) > MAX_ANSWER_LENGTH:
+    if not re.fullmatch(ALLOWED, expression, re.ASCII) or len(expression) > MAX_ANSWER_LENGTH:
         return None
     tokens = re.findall(r"0|[1-9][0-9]*|\S", expression)[::-1]  # reversed: pop() takes the front
     try:
@@ -114,13 +192,12 @@ class Countdown(Task):
     MAX_NUMBER = 20
     NUM_TEST, NUM_VALIDATION = 1000, 500  # all other pairs are for training
     completion_length = 8  # three numbers of two digits, two operators
+    asked = "A question `a b c=t` gives three numbers and then the target t"
     system = (
-        "You play a number game. A question `a b c=t` gives three numbers and then the target "
-        "t. Build an arithmetic expression that is worth exactly t, with each of the three "
-        "numbers used once and no other number. You may use +, -, *, / and parentheses.\n"
-        "Work it out between <think> and </think>. Then give the expression, an equals sign and "
-        "the target between <answer> and </answer>, and nothing else there. For the question "
-        "`2 9 4 = 7` a good reply is:\n"
+        "You play a number game. {asked}. Build an arithmetic expression that is worth exactly the target, with each "
+        "of the numbers used once and no other number. You may use +, -, *, / and parentheses.\n"
+        "Work it out between <think> and </think>. Then give the expression, an equals sign and the target between "
+        "<answer> and </answer>, and nothing else there. For the numbers 2, 9, 4 and the target 7 a good reply is:\n"
         "<think>9 + 2 = 11 and 11 - 4 = 7.</think>\n<answer>9+2-4=7</answer>"
     )
 
@@ -142,6 +219,17 @@ class Countdown(Task):
     def question(self, example):
         *numbers, target = (f"{number:02d}" for number in [*example["numbers"], example["target"]])
         return f"{' '.join(numbers)}={target}"
+
+    def key(self, example):
+        return tuple(sorted(example["numbers"]))
+
+    def _from_row(self, row):
+        """Columns nums and target, or input ("30,100,93") and output."""
+        numbers, target = (row["nums"], row["target"]) if "nums" in row else (row["input"], row["output"])
+        numbers = [int(number) for number in re.findall("[0-9]+", str(numbers))]
+        if len(numbers) < 2:
+            raise ValueError(f"{numbers} are too few numbers")
+        return {"numbers": numbers, "target": int(target)}
 
     def parse_question(self, text):
         """The inverse of question, for one typed by a user."""
@@ -167,19 +255,55 @@ class Countdown(Task):
     def reward(self, completion, example, chat=False):
         """3.0 if correct, "12+7-3" or "12+7-3=16"; a wrong right-hand side makes it wrong.
 
-        chat=True adds the AGRPO paper's credit for form: a third each for an expression, the right
-        numbers, the target behind an equals sign, so that 12+7-3=16 earns 4. Stricter than the
-        paper, which counts allowed characters: what does not parse earns nothing. The tiny model
-        goes without: credit for a mere expression taught it to write 11111111.
+        chat=True adds the AGRPO paper's credit for the form of an equation: a third each for nothing but
+        allowed characters left of the equals sign, for the right numbers there, for the target right of
+        it, so that 12+7-3=16 earns 4. The tiny model goes without: it taught it to write 11111111.
         """
         left, equals, right = extract_answer(completion).partition("=")
-        value = evaluate(left)
-        if value is None:
-            return 0.0
         right_numbers = sorted(map(int, re.findall("[0-9]+", left))) == sorted(example["numbers"])
         stated = right.strip() == str(example["target"])
-        correct = right_numbers and value == example["target"] and (stated or not equals)
-        return 3.0 * correct + (1 + right_numbers + stated) / 3 * chat
+        correct = right_numbers and evaluate(left) == example["target"] and (stated or not equals)
+        allowed = bool(re.fullmatch(ALLOWED, left, re.ASCII))
+        form = (allowed + right_numbers + stated) / 3 if chat and equals else 0.0
+        return 3.0 * correct + form
+
+
+class ChatCountdown(Countdown):
+    """Countdown as instruction-tuned models are asked it: numbers up to 99, targets up to 100, all four operations."""
+
+    MAX_NUMBER, NUM_TRAIN = 99, 20000
+    asked = "A question gives some numbers and the target"
+
+    @functools.cache  # noqa: B019
+    def _split(self, split):
+        rng, targets = random.Random(SEED), {}
+        while len(targets) < self.NUM_TRAIN + self.NUM_VALIDATION + self.NUM_TEST:
+            numbers = [rng.randint(1, self.MAX_NUMBER) for _ in range(3)]
+            value = evaluate(_expression(numbers, rng))
+            if value is not None and value.denominator == 1 and 1 <= value <= 100:
+                targets.setdefault(tuple(sorted(numbers)), {"numbers": numbers, "target": int(value)})
+        examples = list(targets.values())  # one target per multiset: the splits share no multiset either
+        held_out = self.NUM_TEST + self.NUM_VALIDATION
+        start, stop = {"test": (0, self.NUM_TEST), "validation": (self.NUM_TEST, held_out), "train": (held_out, None)}[
+            split
+        ]
+        return examples[start:stop]
+
+    def question(self, example):
+        return f"Numbers: {', '.join(map(str, example['numbers']))}\nTarget: {example['target']}"
+
+    def parse_question(self, text):
+        numbers = [int(number) for number in re.findall("[0-9]{1,9}", text)]
+        if text.count("=") != 1 or len(numbers) < 3:
+            raise ValueError(f"{text[:40]!r} is not numbers, '=' and a target; a valid question is '3 12 7 = 16'")
+        return {"numbers": numbers[:-1], "target": numbers[-1]}
+
+
+def _expression(numbers, rng):
+    """A random expression with each of three numbers once."""
+    a, b, c = rng.sample(numbers, 3)
+    first, second = rng.choices("+-*/", k=2)
+    return rng.choice([f"({a}{first}{b}){second}{c}", f"{a}{first}({b}{second}{c})"])
 
 
 def _sums(numbers):
@@ -235,14 +359,13 @@ class Sudoku(Task):
 
     MIN_BLANKS, MAX_BLANKS = 6, 12  # 12 is the most that leaves a single solution
     completion_length = 16
+    asked = "a digit from 1 to 4 is given, a letter marks an empty cell"
     system = (
-        "You solve small Sudoku puzzles. A question is a 4x4 grid, written as its four rows from "
-        "top to bottom; a digit from 1 to 4 is given, a letter marks an empty cell. Replace every letter so "
-        "that each row, each column and each 2x2 corner box contains 1, 2, 3 and 4 once. The "
+        "You solve small Sudoku puzzles. A question is a 4x4 grid, written as its four rows from top to bottom; "
+        "{asked}. Fill the empty cells so that each row, each column and each 2x2 corner box contains 1, 2, 3 and 4 once. The "
         "given digits stay where they are.\n"
-        "Work it out between <think> and </think>. Then write all 16 digits of the full grid, "
-        "row after row, between <answer> and </answer>, and nothing else there. A reply has this "
-        "form:\n<think>your reasoning</think>\n<answer>1234341221434321</answer>"
+        "Work it out between <think> and </think>. Then write all 16 digits of the full grid, row after row, between "
+        "<answer> and </answer>, and nothing else there."
     )
 
     @functools.cache  # noqa: B019
@@ -262,6 +385,18 @@ class Sudoku(Task):
 
     def question(self, example):
         return "".join(letter if c == "0" else c for letter, c in zip("abcdefghijklmnop", example["puzzle"]))
+
+    def key(self, example):
+        return example["solution"]
+
+    def _from_row(self, row):
+        """Columns Puzzle and Solution: 16 digits, 0 for an empty cell; a number has lost its leading zeros."""
+        puzzle, solution = (str(row[name]).strip().zfill(16) for name in ("Puzzle", "Solution"))
+        if not re.fullmatch("[0-4]{16}", puzzle) or "0" not in puzzle or solution not in all_grids():
+            raise ValueError(f"{puzzle[:20]!r} and {solution[:20]!r} are not a 4x4 puzzle and its full grid")
+        if any(p not in ("0", s) for p, s in zip(puzzle, solution)):
+            raise ValueError(f"the solution {solution} contradicts the puzzle {puzzle}")
+        return {"puzzle": puzzle, "solution": solution}
 
     def parse_question(self, text):
         """The inverse of question, for one typed by a user."""
@@ -317,8 +452,231 @@ class Sudoku(Task):
         return cells if re.fullmatch("[0-9]{1,16}", cells) else ""
 
 
+class ChatSudoku(Sudoku):
+    """Sudoku as instruction-tuned models are asked it: 0 for an empty cell, after three solved examples."""
+
+    asked = "0 marks an empty cell"
+    # Their grids occur in neither of the test files that the AGRPO and d1 repositories publish.
+    SHOTS = {
+        "0041003040030024": "2341143242133124",
+        "0002024330010100": "4312124334212134",
+        "4210300400420000": "4213312413422431",
+    }
+
+    def question(self, example):
+        return f"Puzzle: {example['puzzle']}"
+
+    def messages(self, example):
+        system, question = super().messages(example)
+        shots = []
+        for puzzle, solution in self.SHOTS.items():
+            rows = ", ".join(solution[i : i + 4] for i in range(0, 16, 4))
+            reply = f"<think>The rows of the full grid are {rows}.</think>\n<answer>{solution}</answer>"
+            shots += [{"role": "user", "content": f"Puzzle: {puzzle}"}, {"role": "assistant", "content": reply}]
+        return [system, *shots, question]
+
+
 def _without_separators(text):
     return re.sub(r"[\s|,;/-]+", "", text)
 
 
-TASKS = {"countdown": Countdown(), "sudoku": Sudoku()}
+# ---- GSM8K and MATH ----------------------------------------------------------------------------
+
+
+class GSM8K(Task):
+    """Grade-school mathematics in words; the answer is a number. {"question": "Janet's ducks...", "answer": "18"}"""
+
+    TRAIN, TEST = ("openai/gsm8k", "main", "train"), ("madrylab/gsm8k-platinum", None, "test")
+    NUM_VALIDATION = 200  # held out of the training questions
+    completion_length = 1  # of the shortest answer
+    asked = ""
+    system = (
+        "You solve mathematical problems. Reason step by step between <think> and </think>. Then give the final result "
+        "alone, in the form \\boxed{{result}}, between <answer> and </answer>, as in:\n"
+        "<think>3 boxes of 4 pens are 12 pens.</think>\n<answer>\\boxed{{12}}</answer>"
+    )
+
+    @functools.cache  # noqa: B019
+    def _split(self, split):
+        if split == "test":
+            return self._hub(*self.TEST)
+        examples = self._training_examples()
+        random.Random(SEED).shuffle(examples)
+        return examples[: self.NUM_VALIDATION] if split == "validation" else examples[self.NUM_VALIDATION :]
+
+    def _training_examples(self):
+        return self._hub(*self.TRAIN)
+
+    def _hub(self, repository, name, split):
+        """The examples of a data set on the hub, where there is a network."""
+        load_dataset = _datasets().load_dataset
+        try:
+            rows = load_dataset(repository, name, split=split)
+        except Exception as error:  # its own kinds differ between releases
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"the hub did not give {repository}; a local file can take its place: --data PATH ({reason})"
+            ) from error
+        return [self._checked(row, f"{repository}, row {number}") for number, row in enumerate(rows, 1)]
+
+    def _from_row(self, row):
+        """Columns question and answer, whose last line is "#### 18"."""
+        _, found, answer = row["answer"].rpartition("####")
+        if not found or _number(answer) is None:
+            raise ValueError(f"the answer does not end in #### and a number: {row['answer'][-40:]!r}")
+        return {"question": str(row["question"]), "answer": answer.strip()}
+
+    def key(self, example):
+        return example["question"]
+
+    def question(self, example):
+        return example["question"]
+
+    def parse_question(self, text):
+        """A question typed by a user; nobody knows the answer."""
+        return {"question": text, "answer": None}
+
+    def is_correct(self, completion, example):
+        """The last number of the answer counts, or what math-verify makes of it: "18", "$18.00", "18 dollars"."""
+        answer = _result(completion)
+        numbers = re.findall(NUMBER, answer, re.ASCII)
+        last = _number(numbers[-1]) if numbers else None
+        return last == _number(example["answer"]) or equivalent(answer, example["answer"])
+
+    def reward(self, completion, example, chat=False):
+        """3.0 if correct; chat=True adds the AGRPO paper's 0.5 for a pair of <think> tags and 0.5 for <answer> tags."""
+        form = sum(0 <= completion.find(f"<{tag}>") < completion.rfind(f"</{tag}>") for tag in ("think", "answer"))
+        return 3.0 * self.is_correct(completion, example) + 0.5 * form * chat
+
+
+class MATH(GSM8K):
+    """Competition mathematics; the answer is LaTeX. {"question": "Convert the point $(0,3)$...", "answer": "(3, 0)"}"""
+
+    TRAIN = ("qwedsacf/competition_math", None, "train")
+    TEST = ("HuggingFaceH4/MATH-500", None, "test")
+    MAX_LEVEL = 4  # of 5, in training: beyond it LLaDA is almost never right, and nothing is learnt
+
+    def _training_examples(self):
+        tests = {example["question"] for example in self._split("test")}
+        rows = self._hub(*self.TRAIN)
+        return [row for row in rows if row["question"] not in tests and row["level"] <= self.MAX_LEVEL]
+
+    def _from_row(self, row):
+        """Columns problem, and answer, or a solution with a \\boxed answer; level is a number or "Level 3"."""
+        answer = row["answer"] if "answer" in row else _boxed(row["solution"])
+        if not answer:
+            raise ValueError("there is no answer, and no \\boxed one in the solution")
+        level = re.findall("[0-9]", str(row.get("level", "")))
+        return {"question": str(row["problem"]), "answer": str(answer), "level": int(level[0]) if level else 9}
+
+    def is_correct(self, completion, example):
+        return equivalent(_result(completion), example["answer"])
+
+
+NUMBER = r"-?[0-9][0-9,]*(?:\.[0-9]+)?|-?\.[0-9]+"
+
+
+def _result(completion):
+    """What the completion says the result is: the last \\boxed, or else the answer, of which the end is kept."""
+    start = completion.rfind("<answer>", 0, max(completion.rfind("</answer>"), 0))
+    if start >= 0:
+        completion = completion[start + len("<answer>") :].partition("</answer>")[0]
+    boxed = _boxed(completion)
+    return (completion if boxed is None else boxed).strip()[-2 * MAX_ANSWER_LENGTH :]
+
+
+def _boxed(text):
+    """The content of the last \\boxed{...}, or None."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth = 0
+    for i in range(start + len("\\boxed"), len(text)):
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        if depth == 0:
+            return text[start + len("\\boxed{") : i]
+    return None
+
+
+def _number(text):
+    """The exact value of "1,234", "$18.00", "-3", "5%", as a person reads it; None for anything else."""
+    text = re.sub(r"\\?[$%]|\s|\\[!,]|\.$", "", text)
+    grouped = re.fullmatch(r"-?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?|-?[0-9]+(\.[0-9]+)?|-?\.[0-9]+", text, re.ASCII)
+    return Fraction(text.replace(",", "")) if grouped else None
+
+
+def equivalent(answer, gold):
+    """Whether two mathematical expressions are the same. Numbers are compared exactly, the rest by math-verify."""
+    if not answer or len(answer) > 2 * MAX_ANSWER_LENGTH:
+        return False
+    if "".join(answer.split()) == "".join(gold.split()):
+        return True
+    a, b = _number(answer), _number(gold)
+    if a is not None and b is not None:
+        return a == b
+    return JUDGE.equivalent(gold, answer)
+
+
+class Judge:
+    """math-verify in a process of its own, killed when it thinks for too long: its parser computes what it reads,
+    9^{9^{9^9}} included, and no timeout inside the process stops that. A killed judgement counts as wrong."""
+
+    SECONDS, START_SECONDS, BYTES = 5, 60, 4 * 2**30
+
+    def __init__(self):
+        self.process = None
+
+    def equivalent(self, gold, answer):
+        if self.process is None or self.process.poll() is not None:
+            self._start()
+        try:
+            self.process.stdin.write(json.dumps([gold, answer]) + "\n")
+            self.process.stdin.flush()
+            verdict = self._line(self.SECONDS)
+        except BrokenPipeError:
+            verdict = ""
+        if verdict not in ("True\n", "False\n"):
+            self.close()
+        return verdict == "True\n"
+
+    def _start(self):
+        command = [sys.executable, "-c", "import tasks; tasks.judge()"]
+        folder = os.path.dirname(os.path.abspath(__file__))
+        pipe, null = subprocess.PIPE, subprocess.DEVNULL
+        self.process = subprocess.Popen(command, cwd=folder, stdin=pipe, stdout=pipe, stderr=null, text=True)
+        if self._line(self.START_SECONDS) != "ready\n":
+            self.close()
+            raise ValueError("this task needs math-verify: pip install math-verify")
+
+    def _line(self, seconds):
+        """The next line that the process writes, "" if it does not within the time."""
+        ready = select.select([self.process.stdout], [], [], seconds)[0]
+        return self.process.stdout.readline() if ready else ""
+
+    def close(self):
+        self.process.kill()
+        self.process.communicate()
+        self.process = None
+
+
+def judge():
+    """The judge's process: pairs of expressions in, verdicts out, a line each, until its input ends."""
+    import resource
+
+    from math_verify import parse, verify
+
+    resource.setrlimit(resource.RLIMIT_AS, (Judge.BYTES, Judge.BYTES))
+    print("ready", flush=True)
+    for line in sys.stdin:
+        try:
+            gold, answer = (parse(f"${text}$", parsing_timeout=None) for text in json.loads(line))
+            print(verify(gold, answer, timeout_seconds=None), flush=True)
+        except Exception:
+            print(False, flush=True)
+
+
+JUDGE = Judge()
+
+_WORDS = {"gsm8k": GSM8K(), "math": MATH()}  # the same for every model
+TASKS = {"countdown": Countdown(), "sudoku": Sudoku()} | _WORDS
+CHAT_TASKS = {"countdown": ChatCountdown(), "sudoku": ChatSudoku()} | _WORDS

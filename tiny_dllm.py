@@ -2,11 +2,12 @@
 
 LLaDA (arXiv 2502.09992) is a LLaMA block without the causal mask: every position sees every other, and the
 model predicts all [MASK] tokens at once. The same class is a tiny model trained from scratch on a CPU and,
-with LLaDA-8B's config.json, that model.
+filled with its published weights, LLaDA-8B. No code of the hub's is ever run, and no pickle is ever opened.
 
     ids (B, L) -> wte -> n_layers x [ x + attention(norm(x)) ; x + mlp(norm(x)) ] -> ln_f -> ff_out -> logits
 
-Reading order: Config, RMSNorm, rotate, Block, MaskedDiffusionLM, diffusion_loss, character_tokenizer.
+Reading order: Config, RMSNorm, rotate, Block, MaskedDiffusionLM, diffusion_loss; then how weights come in
+(load, add_lora) and text (load_tokenizer, character_tokenizer).
 """
 
 import json
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass, fields
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 # What every model of this structure has in common, in the words of LLaDA's config.json: written on save, and a
 # folder that says otherwise is refused on load instead of being run as something that it is not.
@@ -31,7 +33,15 @@ STRUCTURE = {
     "include_qkv_bias": False,
     "weight_tying": False,
     "attention_layer_norm": False,
+    "input_emb_norm": False,
+    "scale_logits": False,
 }
+
+# Hub repositories change under their names; these do not. Others: --revision, or the newest, which is recorded.
+REVISIONS = {"GSAI-ML/LLaDA-8B-Instruct": "6059b30c9531767ce47e0ca6a8161a6bb0c67693"}
+
+# LoRA adapts every linear layer of the blocks. The vocabulary head is called ff_out too, but lies outside them.
+LORA_TARGETS = r".*\.blocks\.\d+\.(q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)"
 
 
 @dataclass
@@ -119,6 +129,7 @@ class MaskedDiffusionLM(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.mask_token_id, self.eos_token_id = config, config.mask_token_id, config.eos_token_id
+        self.gradient_checkpointing = False  # keep one activation per block and compute the others again: less memory
         transformer = {
             "wte": nn.Embedding(config.vocab_size, config.d_model),
             "blocks": nn.ModuleList(Block(config) for _ in range(config.n_layers)),
@@ -147,8 +158,10 @@ class MaskedDiffusionLM(nn.Module):
         cos, sin = rope_angles(x.shape[1], self.config.d_model // self.config.n_heads, self.config.rope_theta, x)
         if attention_mask is not None:
             attention_mask = None if attention_mask.all() else attention_mask[:, None, None, :]  # (B, 1, 1, L)
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in transformer.blocks:
-            x = block(x, cos, sin, attention_mask)
+            inputs = x, cos, sin, attention_mask
+            x = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
         return transformer.ff_out(transformer.ln_f(x if positions is None else x[positions]))
 
     def save_pretrained(self, path):
@@ -165,32 +178,134 @@ class MaskedDiffusionLM(nn.Module):
             os.replace(os.path.join(path, name + ".tmp"), os.path.join(path, name))
 
     @classmethod
-    def from_pretrained(cls, path, dtype=None, device="cpu"):
-        """Read such a folder. Raises ValueError, in one line, on another structure and on missing or wrong tensors."""
-        from safetensors.torch import load_file
+    def from_pretrained(cls, path_or_hub_id, dtype=None, device="cpu", revision=None):
+        """Our model with the weights of a folder or hub repository of LLaDA's structure, in dtype, on the device.
 
-        model = cls(read_config(os.path.join(path, "config.json")))
+        Tensor by tensor into a model that has no memory yet, so that no weight is ever held twice. Raises ValueError,
+        in one line, on another structure, missing, surplus or misshapen tensors, broken files, and pickles.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        folder = local_folder(path_or_hub_id, revision)
+        with torch.device("meta"):
+            model = cls(read_config(os.path.join(folder, "config.json")))
+        shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
         try:
-            model.load_state_dict(load_file(os.path.join(path, "model.safetensors")))
-        except Exception as error:
-            raise ValueError(f"{path}/model.safetensors does not fit: {' '.join(str(error).split())}") from error
-        return model.to(device=device, dtype=dtype)
+            files = weight_files(folder)
+            if wrong := sorted(shapes.keys() ^ files.keys()):
+                which = "lacks" if wrong[0] in shapes else "has a surplus"
+                raise ValueError(f"it {which} {wrong[0]} ({len(wrong)} such tensors in all)")
+            for file in sorted(set(files.values())):
+                with safe_open(file, "pt", device=str(device)) as shard:
+                    names = [name for name in files if files[name] == file]
+                    if wrong := sorted(set(shard.keys()).symmetric_difference(names)):
+                        raise ValueError(f"index and {os.path.basename(file)} differ in {wrong[0]}")
+                    for name in names:
+                        found = shard.get_slice(name).get_shape()
+                        if found != shapes[name]:
+                            raise ValueError(f"{name} has shape {found}, not {shapes[name]}")
+                        tensor = shard.get_tensor(name)
+                        tensor = tensor.to(dtype or tensor.dtype, copy=True)  # a copy: the file may be replaced
+                        model.load_state_dict({name: tensor}, strict=False, assign=True)
+        except (SafetensorError, OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"the weights in {folder} do not fit: {' '.join(str(error).split())}") from error
+        # peft writes both into adapters, so that they find their base. A snapshot's folder is named after its commit.
+        model.name_or_path = str(path_or_hub_id)
+        model.revision = None if os.path.isdir(path_or_hub_id) else os.path.basename(folder)
+        return model
+
+
+def local_folder(path_or_hub_id, revision=None):
+    """The folder itself, or the hub repository's snapshot, downloaded if need be: data only, at a fixed commit."""
+    if os.path.isdir(path_or_hub_id):
+        return str(path_or_hub_id)
+    from huggingface_hub import snapshot_download
+
+    revision = revision or REVISIONS.get(path_or_hub_id)
+    try:
+        return snapshot_download(
+            str(path_or_hub_id), revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja"]
+        )
+    except Exception as error:  # its own kinds differ between releases
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path_or_hub_id} is no folder here, and the hub did not give it: {reason}") from error
 
 
 def read_config(file):
     """LLaDA's config.json -> Config. Raises ValueError, in one line, if it describes another structure."""
-    with open(file) as opened:
-        try:
+    try:
+        with open(file) as opened:
             stored = json.load(opened)
-            wrong = {name: stored[name] for name, value in STRUCTURE.items() if stored.get(name, value) != value}
-            if stored.get("n_kv_heads") not in (None, stored["n_heads"]):
-                wrong["n_kv_heads"] = stored["n_kv_heads"]
-            config = Config(**{f.name: stored[f.name] for f in fields(Config)})
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{file} does not describe a model of LLaDA's structure: {error}") from error
+        wrong = {name: stored[name] for name, value in STRUCTURE.items() if stored.get(name, value) != value}
+        if stored.get("n_kv_heads") not in (None, stored["n_heads"]):
+            wrong["n_kv_heads"] = stored["n_kv_heads"]
+        if stored.get("embedding_size") not in (None, stored["vocab_size"]):
+            wrong["embedding_size"] = stored["embedding_size"]
+        config = Config(**{f.name: stored[f.name] for f in fields(Config)})
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} does not describe a model of LLaDA's structure: {error}") from error
     if wrong:
         raise ValueError(f"{file} does not describe a model of LLaDA's structure: it has {wrong}")
     return config
+
+
+def weight_files(folder):
+    """{name of a tensor: the safetensors file that holds it}, from one file or from shards with an index."""
+    from safetensors import safe_open
+
+    index, single = (os.path.join(folder, "model.safetensors" + end) for end in (".index.json", ""))
+    if os.path.exists(index):
+        with open(index) as file:
+            return {name: os.path.join(folder, shard) for name, shard in json.load(file)["weight_map"].items()}
+    if os.path.exists(single):
+        with safe_open(single, "pt") as shard:
+            return dict.fromkeys(shard.keys(), single)
+    pickles = [name for name in os.listdir(folder) if name.endswith((".bin", ".pt", ".pth"))]
+    found = f"only {pickles[0]}, a pickle, which could run code and is not opened" if pickles else "no weights"
+    raise ValueError(f"there is no model.safetensors, but {found}")
+
+
+def load(path_or_hub_id, dtype=None, device="cpu", revision=None):
+    """The model of a folder or hub id; where that holds a LoRA adapter in peft's format, its base model with it."""
+    folder = local_folder(path_or_hub_id, revision)
+    if not os.path.exists(os.path.join(folder, "adapter_config.json")):
+        return MaskedDiffusionLM.from_pretrained(path_or_hub_id, dtype, device, revision)
+    if not os.path.exists(os.path.join(folder, "adapter_model.safetensors")):
+        raise ValueError(f"{folder} has no adapter_model.safetensors; pickled adapters are not opened")
+    with open(os.path.join(folder, "adapter_config.json")) as file:
+        stored = json.load(file)
+    base = MaskedDiffusionLM.from_pretrained(stored["base_model_name_or_path"], dtype, device, stored.get("revision"))
+    return import_peft().PeftModel.from_pretrained(base, folder, is_trainable=True)
+
+
+def save(model, path):
+    """What load reads: the whole model, or its adapter alone in peft's format."""
+    # peft would compare the vocabulary with the hub's configuration class, to see whether embeddings were resized.
+    model.save_pretrained(path, **({"save_embedding_layers": False} if hasattr(model, "peft_config") else {}))
+
+
+def add_lora(model, rank, alpha, generator):
+    """The model with a fresh adapter (arXiv 2106.09685): W x + alpha / rank B A x, B = 0, W frozen. No dropout: with
+    it, rollout and update would be two policies, and the ratio not 1."""
+    peft = import_peft()
+    lora = peft.LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=LORA_TARGETS, revision=model.revision
+    )
+    model = peft.get_peft_model(model, lora)
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:  # peft's own distribution, but from our generator
+            bound = 1 / math.sqrt(parameter.shape[1])
+            parameter.data.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+    return model
+
+
+def import_peft():
+    """peft is needed for adapters only, and asked for in one line where it is missing."""
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise ValueError("LoRA needs peft: pip install peft") from error
+    return peft
 
 
 def diffusion_loss(model, prompt_ids, prompt_mask, completion_ids, generator):
@@ -208,6 +323,23 @@ def diffusion_loss(model, prompt_ids, prompt_mask, completion_ids, generator):
     logits = model(ids, attention_mask, positions=F.pad(masked, (prompt_ids.shape[1], 0)))  # (N, V)
     nll = F.cross_entropy(logits, completion_ids[masked], reduction="none")  # (N,)
     return (nll / t[:, None].expand(-1, n)[masked]).sum() / (batch * n)
+
+
+def load_tokenizer(path_or_hub_id, revision=None):
+    """The tokenizer of a folder or hub id, padding on the left. Its class is named here instead of left to
+    AutoTokenizer, which asks on standard input whether it may run the repository's code."""
+    from transformers import PreTrainedTokenizerFast
+
+    folder = local_folder(path_or_hub_id, revision)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, padding_side="left")
+    except Exception as error:  # a broken tokenizer.json raises a bare Exception
+        raise ValueError(f"{folder} has no tokenizer that can be read: {' '.join(str(error).split())[:200]}") from error
+    if tokenizer.chat_template is None:
+        raise ValueError(f"the tokenizer in {folder} has no chat template: is it an instruction-tuned model?")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 CHARACTERS = "0123456789+-*/()= abcdefghijklmnop"

@@ -1,12 +1,15 @@
-"""Train a masked diffusion language model by policy gradients, from nothing, on a laptop.
+"""Train a masked diffusion language model by policy gradients: a tiny one on a laptop, LLaDA-8B on a GPU.
 
-    python train.py                                          Countdown, about three minutes on two cores
-    python train.py --task sudoku                            4x4 Sudoku, six to seven minutes
+    python train.py                                          tiny, Countdown: three minutes on two CPU cores
+    python train.py --task sudoku                            tiny, 4x4 Sudoku: six minutes
+    python train.py --model llada --task countdown           LLaDA-8B-Instruct with LoRA; also gsm8k, math, sudoku
+    python train.py --resume runs/countdown-seed0            continue a run that was stopped or killed
     python train.py --evaluate runs/countdown-seed0 --prompt "3 12 7 = 16"
+    python train.py --evaluate llada --task gsm8k --eval-steps 32 64 128
 
-A run trains a tiny base model on worked examples, measures it, improves it with rewards alone (agrpo.py), and measures
-it again. Reading order: RunConfig, policy_gradient, reinforce, pretrain, measure, run. --task sudoku --help shows the
-defaults of that task.
+A run measures the base model (the tiny one is trained first), improves it with rewards alone (agrpo.py), and measures
+it again. Reading order: RunConfig, policy_gradient, reinforce, pretrain, grade, run. --model and --task choose the
+defaults that --help shows.
 """
 
 import argparse
@@ -14,11 +17,13 @@ import copy
 import dataclasses
 import hashlib
 import inspect
-import itertools
 import json
 import math
+import os
 import random
 import re
+import shutil
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +33,7 @@ import torch
 from tqdm import tqdm
 
 import agrpo
+import runs
 import tasks
 import tiny_dllm
 from agrpo import AGRPOConfig
@@ -37,36 +43,77 @@ from agrpo import AGRPOConfig
 
 @dataclass
 class RunConfig:
-    """What a run does; the comments are its --help. Tasks override some defaults in PRESETS."""
+    """What a run does; the comments are its --help. Model and task override some defaults in PRESETS."""
 
-    task: str = "countdown"  # countdown | sudoku
-    model: str = "tiny"  # tiny: trained from scratch here
+    task: str = "countdown"  # countdown | sudoku | gsm8k | math
+    model: str = "tiny"  # tiny: trained from scratch here | llada | hub id or folder of LLaDA's structure, or LoRA
+    revision: str = ""  # commit, tag or branch on the hub; empty: the pinned one, or the newest
+    data: str = ""  # questions from this JSONL, CSV or parquet file instead of the hub or the generator
     seed: int = 0  # of everything random
     out: str = ""  # folder of the run; empty: runs/TASK-seedSEED, numbered if taken
     max_steps: int = 600  # policy-gradient updates
-    learning_rate: float = 5e-4  # AdamW; ten updates of warm-up, the last fifth linearly to zero
-    prompts_per_step: int = 32  # prompts per update, each with num_generations completions
+    learning_rate: float = 5e-4  # peak, AdamW
+    schedule: str = "linear"  # linear: ten updates of warm-up, last fifth to zero | cosine: warm-up of 1%
+    weight_decay: float = 0.0  # of AdamW
+    adam_beta2: float = 0.999  # the gradient is mostly noise: a long memory of its square helps the tiny model
     gradient_clip: float = 0.2  # largest norm of the gradient
+    prompts_per_step: int = 32  # prompts per update over all processes, each with num_generations completions
     tokens_per_pass: int = 5120  # per forward and backward pass, prompts included: lower it if memory runs out
-    base_steps: int = 3000  # supervised updates of the base model
-    base_noise: float = 0.0  # share of the tokens of worked examples that are replaced by random ones
-    base_learning_rate: float = 2e-3  # peak, AdamW, cosine to zero over base_steps
-    base_batch: int = 64  # worked examples per supervised update
+    gradient_checkpointing: bool = False  # store one activation per layer, compute the rest again: less memory
+    lora_rank: int = 0  # train a LoRA adapter of this rank; 0: train all weights (in float32)
+    lora_alpha: int = 64  # the adapter is scaled by alpha / rank
+    base_steps: int = 3000  # tiny: supervised updates of the base model
+    base_noise: float = 0.0  # tiny: share of the tokens of worked examples that are replaced by random ones
+    base_learning_rate: float = 2e-3  # tiny: peak, AdamW, cosine to zero over base_steps
+    base_batch: int = 64  # tiny: worked examples per supervised update
     eval_every: int = 75  # updates between two validations
     eval_steps: tuple[int, ...] = (1, 2, 4, 8)  # numbers of sampling steps in the final table
+    eval_policies: tuple[str, ...] = ("sampled", "greedy")  # as trained, and low-confidence at temperature 0
+    eval_length: int = 0  # completion_length of evaluations; 0: as trained
+    eval_block: int = 0  # block_length of evaluations; 0: as trained
     eval_split: str = "test"  # test | validation: questions of the report; validation while choosing settings
-    eval_prompts: int = 1000  # at most this many of them
-    evaluate: str = ""  # folder of a finished run: measure it, or answer --prompt, instead of training
+    eval_prompts: int = 1000  # at most this many of them; 0: all
+    save_every: int = 50  # updates between two checkpoints; one is also written at Ctrl-C and SIGTERM
+    tracker: str = ""  # tensorboard | wandb
+    resume: str = ""  # folder of an unfinished run: continue it
+    evaluate: str = ""  # folder of a finished run, or a model: measure it, or answer --prompt, instead of training
     prompt: str = ""  # with --evaluate: one question to answer
+    save_completions: bool = False  # with --evaluate: write every prompt, completion and verdict
 
 
 TINY = {  # the shape of the tiny model
     "countdown": {"d_model": 64, "n_layers": 3, "n_heads": 2, "mlp_hidden_size": 128, "rope_theta": 30.0},
     "sudoku": {"d_model": 64, "n_layers": 4, "n_heads": 4, "mlp_hidden_size": 128, "rope_theta": 100.0},
 }
+LLADA = {  # what the AGRPO authors publish for GSM8K; from max_steps on ours, for one GPU of 80 GB
+    "completion_length": 384,
+    "block_length": 12,
+    "sampling_steps": 128,
+    "temperature": 0.6,
+    "top_k": 150,
+    "top_p": 0.99,
+    "mc_samples": 24,
+    "importance_sampling": "entropy",
+    "prompts_per_step": 16,
+    "learning_rate": 5e-6,
+    "schedule": "cosine",
+    "weight_decay": 0.01,
+    "adam_beta2": 0.99,
+    "gradient_clip": 1.0,
+    "lora_rank": 64,
+    "eval_length": 256,
+    "eval_block": 32,
+    "eval_steps": (128,),
+    "max_steps": 500,
+    "tokens_per_pass": 16384,
+    "gradient_checkpointing": True,
+    "eval_every": 50,
+    "eval_prompts": 256,
+    "save_every": 10,
+}
 PRESETS = {
-    "countdown": {"completion_length": 8, "sampling_steps": 2, "mc_samples": 2},
-    "sudoku": {
+    ("tiny", "countdown"): {"completion_length": 8, "sampling_steps": 2, "mc_samples": 2},
+    ("tiny", "sudoku"): {
         "completion_length": 16,
         "sampling_steps": 8,
         "mc_samples": 4,
@@ -80,7 +127,13 @@ PRESETS = {
         "eval_every": 50,
         "eval_steps": (4, 8, 16),
     },
+    ("llada", "gsm8k"): LLADA,
+    ("llada", "math"): LLADA,
+    ("llada", "countdown"): LLADA | {"completion_length": 128, "block_length": 16},
+    ("llada", "sudoku"): LLADA | {"completion_length": 256, "block_length": 16},
 }
+HUB_IDS = {"llada": "GSAI-ML/LLaDA-8B-Instruct"}  # short names for --model
+RESUMABLE = {"resume", "tokens_per_pass", "save_every", "tracker"}  # all that --resume lets one change
 
 
 def parse_arguments(argv):
@@ -92,15 +145,16 @@ def parse_arguments(argv):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--task", default=RunConfig.task)  # decides the other defaults
-    preset = PRESETS.get(first.parse_known_args(argv)[0].task, {})
+    defaults, stored = defaults_for(argv)
     for cls, title in ((RunConfig, "the run"), (AGRPOConfig, "the algorithm (agrpo.py)")):
         group = parser.add_argument_group(title)
         for field in dataclasses.fields(cls):
-            add_flag(group, field, preset.get(field.name, field.default), comments(cls)[field.name])
+            add_flag(group, field, defaults.get(field.name, field.default), comments(cls)[field.name])
     flags = vars(parser.parse_args(argv))
     try:
+        for name in stored.keys() & flags.keys() - RESUMABLE if flags["resume"] else ():
+            if flags[name] != stored[name]:
+                raise ValueError(f"--{name.replace('_', '-')} cannot change in a run that is resumed")
         run_config, config = (
             cls(**{f.name: flags[f.name] for f in dataclasses.fields(cls)}) for cls in (RunConfig, AGRPOConfig)
         )
@@ -110,6 +164,28 @@ def parse_arguments(argv):
     return run_config, config
 
 
+def defaults_for(argv):
+    """Defaults that the other flags decide: a run's own settings for --resume and --evaluate RUN, else PRESETS.
+
+    Returns (defaults, the settings stored in the run or {})."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog="train.py")
+    for name in ("task", "model", "resume", "evaluate"):
+        first.add_argument("--" + name, default="")
+    chosen = first.parse_known_args(argv)[0]
+    folder = chosen.resume or chosen.evaluate
+    if settings := runs.read_settings(folder) if folder else None:
+        stored = settings["run"] | settings["algorithm"]
+        stored = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+        defaults = dict(stored)
+    else:
+        model = chosen.model or chosen.evaluate or RunConfig.model
+        kind = model if model == "tiny" else "llada"
+        defaults, stored = PRESETS.get((kind, chosen.task or RunConfig.task), {}) | {"model": model}, {}
+    if chosen.evaluate:
+        defaults |= {"eval_policies": ("greedy",), "eval_prompts": 0, "out": ""}
+    return defaults, stored
+
+
 def comments(cls):
     """{field: the comment beside it}: what the reader of the code sees is what the user of --help sees."""
     return dict(re.findall(r"^    (\w+):[^#\n]*# (.*)$", inspect.getsource(cls), re.MULTILINE))
@@ -117,17 +193,18 @@ def comments(cls):
 
 def add_flag(group, field, default, text):
     """One field of a dataclass as one flag of its type, its default at the end of its help."""
-    kind = {"int | None": int, "tuple[int, ...]": int}.get(str(field.type), field.type)
+    kind = {"int | None": int, "tuple[int, ...]": int, "tuple[str, ...]": str}.get(str(field.type), field.type)
     flag, text = "--" + field.name.replace("_", "-"), text.replace("%", "%%")
     if kind is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
         return
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    several = isinstance(field.default, tuple)
+    shown = " ".join(map(str, default)) if several else default
     group.add_argument(
         flag,
         type=kind,
         default=default,
-        nargs="+" if isinstance(default, tuple) else None,
+        nargs="+" if several else None,
         metavar=kind.__name__.upper(),
         help=text + (f" [{shown}]" if shown not in ("", None) else ""),
     )
@@ -135,47 +212,107 @@ def add_flag(group, field, default, text):
 
 def check(run_config, config):
     """Combinations that no single dataclass can see. Raises ValueError."""
-    if run_config.task not in tasks.TASKS:
-        raise ValueError(f"--task {run_config.task}: choose from {', '.join(tasks.TASKS)}")
-    if run_config.model != "tiny":
-        raise ValueError(f"--model {run_config.model}: only tiny is built so far; LLaDA-8B comes next")
-    if run_config.prompt and not run_config.evaluate:
-        raise ValueError("--prompt needs --evaluate RUN: which run should answer?")
+    allowed = {
+        "task": tuple(TINY) if run_config.model == "tiny" else tuple(tasks.TASKS),
+        "schedule": ("linear", "cosine"),
+        "eval_split": ("test", "validation"),
+        "tracker": ("", "tensorboard", "wandb"),
+    }
+    for name, values in allowed.items():
+        if getattr(run_config, name) not in values:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(run_config, name)}: choose from {', '.join(values)}")
+    if not run_config.eval_policies or not set(run_config.eval_policies) <= {"sampled", "greedy"}:
+        raise ValueError("--eval-policies: sampled, greedy or both")
+    if run_config.model == "tiny" and (run_config.lora_rank or run_config.data):
+        raise ValueError("--lora-rank and --data need a pretrained --model: the tiny one is trained from scratch here")
+    if run_config.evaluate and run_config.resume:
+        raise ValueError("--resume continues training, --evaluate measures: choose one")
+    for name in ("prompt", "save_completions"):
+        if getattr(run_config, name) and not run_config.evaluate:
+            raise ValueError(f"--{name.replace('_', '-')} needs --evaluate RUN: which model should answer?")
     if config.unmasking == "low_confidence" or config.temperature == 0:
         raise ValueError("--unmasking low_confidence and --temperature 0 are for evaluation, which uses them anyway")
-    for name in ("prompts_per_step", "tokens_per_pass", "base_batch", "eval_every", "eval_prompts"):
-        if getattr(run_config, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("max_steps", "base_steps"):
-        if getattr(run_config, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} must not be negative")
-    for name in ("learning_rate", "base_learning_rate", "gradient_clip"):
-        if not 0 < getattr(run_config, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} must be positive and finite")
-    if run_config.eval_split not in ("test", "validation"):
-        raise ValueError(f"--eval-split {run_config.eval_split}: choose test or validation")
-    if not 0 <= run_config.base_noise <= 1:
-        raise ValueError(f"--base-noise {run_config.base_noise}: in [0, 1]")
+    check_numbers(run_config)
     needed = tasks.TASKS[run_config.task].completion_length
-    if config.completion_length < needed:
+    if run_config.model == "tiny" and config.completion_length < needed:
         raise ValueError(f"--completion-length {config.completion_length}: answers to {run_config.task} need {needed}")
-    for steps in run_config.eval_steps:
+    for steps in run_config.eval_steps if run_config.evaluate else (*run_config.eval_steps, config.sampling_steps):
         try:
-            replace(config, sampling_steps=steps)
+            evaluated(run_config, config, steps)
         except ValueError as error:
             raise ValueError(f"--eval-steps {steps}: {error}") from error
 
 
-# ---------------------------------------------------------------------------------------------------- text
+def check_numbers(run_config):
+    """Ranges of the numbers of a RunConfig. Raises ValueError."""
+    at_least_1 = ("prompts_per_step", "tokens_per_pass", "lora_alpha", "base_batch", "eval_every")
+    at_least_0 = ("max_steps", "base_steps", "lora_rank", "eval_length", "eval_block", "eval_prompts")
+    for names, least in (((*at_least_1, "save_every"), 1), (at_least_0, 0)):
+        for name in names:
+            if getattr(run_config, name) < least:
+                problem = "must be at least 1" if least else "must not be negative"
+                raise ValueError(f"--{name.replace('_', '-')} {problem}")
+    for name in ("learning_rate", "base_learning_rate", "gradient_clip"):
+        if not 0 < getattr(run_config, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive and finite")
+    if not 0 <= run_config.base_noise <= 1:
+        raise ValueError(f"--base-noise {run_config.base_noise}: in [0, 1]")
+    if not 0 <= run_config.weight_decay < math.inf:
+        raise ValueError(f"--weight-decay {run_config.weight_decay}: not negative, and finite")
+    if not 0 <= run_config.adam_beta2 < 1:
+        raise ValueError(f"--adam-beta2 {run_config.adam_beta2}: in [0, 1)")
 
 
-def encode(tokenizer, task, examples):
+# ------------------------------------------------------------------------------------------- models and text
+
+
+def load_model(name, run_config):
+    """(model, tokenizer) of a folder or hub id, on this process's device."""
+    device, revision = device_of(run_config), run_config.revision or None
+    # Updates of 5e-6 vanish in bfloat16: weights that are trained themselves are float32, as adapters are.
+    frozen = run_config.lora_rank > 0 or run_config.evaluate
+    dtype = torch.bfloat16 if device.type == "cuda" and frozen else torch.float32
+    tokenizer = tiny_dllm.load_tokenizer(name, revision)
+    model = tiny_dllm.load(name, dtype, device, revision)
+    unwrapped(model).gradient_checkpointing = run_config.gradient_checkpointing
+    return model, tokenizer
+
+
+def starting_model(run_config, config, task, cache):
+    """(model, tokenizer) that training starts from: the tiny base model, or pretrained weights with a new adapter."""
+    if run_config.model == "tiny":
+        tokenizer = tiny_dllm.character_tokenizer()
+        return base_model(run_config, config, task, tokenizer, cache), tokenizer
+    model, tokenizer = load_model(HUB_IDS.get(run_config.model, run_config.model), run_config)
+    if run_config.lora_rank and model is unwrapped(model):
+        _, generator = streams(run_config.seed, "LoRA")
+        model = tiny_dllm.add_lora(model, run_config.lora_rank, run_config.lora_alpha, generator)
+    return model, tokenizer
+
+
+def unwrapped(model):
+    """The MaskedDiffusionLM itself, also inside a LoRA adapter."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def device_of(run_config):
+    """Where the model lives: a GPU if there is one, but tiny models are faster, and exactly repeatable, on a CPU."""
+    cuda = run_config.model != "tiny" and torch.cuda.is_available()
+    return runs.start_processes("cuda" if cuda else "cpu")
+
+
+def task_of(run_config):
+    """The task as the tiny model or, in words and with larger numbers, an instruction-tuned model is asked it."""
+    return (tasks.TASKS if run_config.model == "tiny" else tasks.CHAT_TASKS)[run_config.task]
+
+
+def encode(tokenizer, task, examples, device="cpu"):
     """Prompts of the examples: ids (B, P) long and mask (B, P) bool, padded on the left, as LLaDA's are."""
     chats = [task.messages(example) for example in examples]
     batch = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
     )
-    return batch["input_ids"], batch["attention_mask"].bool()
+    return batch["input_ids"].to(device), batch["attention_mask"].bool().to(device)
 
 
 def decode(tokenizer, completion_ids):
@@ -185,9 +322,10 @@ def decode(tokenizer, completion_ids):
 
 def streams(seed, purpose):
     """Random numbers of one purpose: (random.Random, torch.Generator). Separate, so that a cached base model, or
-    one evaluation more, changes no other number."""
+    one evaluation more, changes no other number. The prompts are common to all processes, the draws are not."""
     rng = random.Random(f"{purpose} {seed}")
-    return rng, torch.Generator().manual_seed(rng.getrandbits(62))
+    draws = random.Random(f"{purpose} {seed} process {runs.rank()}") if runs.rank() else rng
+    return rng, torch.Generator().manual_seed(draws.getrandbits(62))
 
 
 # ------------------------------------------------------------------------------------------- measuring
@@ -198,35 +336,67 @@ def greedy(config):
     return replace(config, unmasking="low_confidence", temperature=0.0, top_k=None, top_p=1.0)
 
 
-def measure(model, tokenizer, task, examples, config, run_config):
-    """Share of correct answers: {"sampled": under the policy that is trained, "greedy": under greedy(config)}."""
-    policies = {"sampled": config, "greedy": greedy(config)}
-    return {name: accuracy(model, tokenizer, task, examples, policy, run_config) for name, policy in policies.items()}
+def evaluated(run_config, config, steps):
+    """The policy that reports measure: that of training, at another length, block and number of steps if asked."""
+    length, block = run_config.eval_length or config.completion_length, run_config.eval_block or config.block_length
+    return replace(config, completion_length=length, block_length=block, sampling_steps=steps)
 
 
-def accuracy(model, tokenizer, task, examples, config, run_config):
-    """Share of the examples that the model answers correctly, one completion each."""
+def grade(model, tokenizer, task, examples, config, run_config, bar=None):
+    """Answer every example once and judge each answer against its own example; processes share the work.
+
+    Returns dicts in the order of the examples: prompt, completion, correct, length (tokens other than <eos>), seconds.
+    """
     _, generator = streams(run_config.seed, "evaluation")
-    ids, mask = encode(tokenizer, task, examples)
-    rows, correct = rows_per_pass(run_config, ids, config), 0
-    for chunk in torch.arange(len(examples)).split(rows):
-        rollout = agrpo.rollout(model, ids[chunk], mask[chunk], config, generator)
-        answers = decode(tokenizer, rollout.completion_ids)
-        correct += sum(task.is_correct(answer, examples[i]) for answer, i in zip(answers, chunk))
-    return correct / len(examples)
+    mine = range(runs.rank(), len(examples), runs.processes())
+    ids, mask = encode(tokenizer, task, [examples[i] for i in mine or [0]], next(model.parameters()).device)
+    records = {}
+    for chunk in torch.arange(len(mine)).split(rows_per_pass(run_config, ids, config)):
+        started = time.perf_counter()
+        width = int(mask[chunk].sum(1).max())  # no column of padding alone
+        run = agrpo.rollout(model, ids[chunk, -width:], mask[chunk, -width:], config, generator)
+        answers = decode(tokenizer, run.completion_ids)
+        lengths = (run.completion_ids != model.eos_token_id).sum(1).tolist()
+        seconds = (time.perf_counter() - started) / len(chunk)
+        for j, answer, length in zip(chunk.tolist(), answers, lengths):
+            example = examples[mine[j]]
+            verdict = {"correct": task.is_correct(answer, example), "length": length, "seconds": seconds}
+            records[mine[j]] = {"prompt": task.question(example), "completion": answer} | verdict
+        if bar is not None:
+            bar.update(len(chunk))
+    merged = {i: record for part in runs.gather(records) for i, record in part.items()}
+    return [merged[i] for i in range(len(examples))]
+
+
+def mean(records, name):
+    return sum(record[name] for record in records) / len(records)
+
+
+def accuracies(model, tokenizer, task, examples, config, run_config, bar=None):
+    """Share of correct answers {"sampled": under the policy that is trained, "greedy": under greedy(config)}."""
+    policies = {"sampled": config, "greedy": greedy(config)}
+    return {
+        name: mean(grade(model, tokenizer, task, examples, policies[name], run_config, bar), "correct")
+        for name in run_config.eval_policies
+    }
+
+
+def by_sampling_steps(model, tokenizer, task, run_config, config, examples):
+    """{steps: accuracies} for the steps trained with and every entry of --eval-steps."""
+    several = sorted({*run_config.eval_steps, config.sampling_steps})
+    total = len(several) * len(examples[runs.rank() :: runs.processes()]) * len(run_config.eval_policies)
+    with tqdm(total=total, desc="testing", leave=False, disable=runs.rank() > 0) as bar:
+        return {
+            str(steps): accuracies(
+                model, tokenizer, task, examples, evaluated(run_config, config, steps), run_config, bar
+            )
+            for steps in several
+        }
 
 
 def rows_per_pass(run_config, prompt_ids, config):
     """How many sequences of these prompts and their completions make up tokens_per_pass; at least one."""
     return max(1, run_config.tokens_per_pass // (prompt_ids.shape[1] + config.completion_length))
-
-
-def by_sampling_steps(model, tokenizer, task, run_config, config, examples):
-    """{steps: {"sampled", "greedy"}} for the steps trained with and every entry of --eval-steps."""
-    table = {}
-    for steps in tqdm(sorted({*run_config.eval_steps, config.sampling_steps}), desc="testing", leave=False):
-        table[str(steps)] = measure(model, tokenizer, task, examples, replace(config, sampling_steps=steps), run_config)
-    return table
 
 
 # ----------------------------------------------------------------------------------- the supervised base model
@@ -241,14 +411,17 @@ def base_model(run_config, config, task, tokenizer, cache):
     code = [Path(module.__file__).read_text() for module in (tiny_dllm, tasks)] + [inspect.getsource(pretrain)]
     key = hashlib.sha256(json.dumps([settings, code]).encode()).hexdigest()[:12]
     folder = cache / f"base-{run_config.task}-{key}"
-    if folder.exists():
-        print(f"base model: reusing {folder}")
-        return tiny_dllm.MaskedDiffusionLM.from_pretrained(folder)
-    pretrain(model, run_config, config, task, tokenizer)
-    unfinished = folder.with_suffix(".tmp")
-    model.save_pretrained(unfinished)
-    unfinished.rename(folder)
-    return model
+
+    def make():
+        if folder.exists():
+            return runs.say(f"base model: reusing {folder}")
+        pretrain(model, run_config, config, task, tokenizer)
+        unfinished = folder.with_suffix(f".{os.getpid()}.tmp")
+        model.save_pretrained(unfinished)
+        unfinished.rename(folder)
+
+    runs.from_first(make)
+    return tiny_dllm.load(folder)
 
 
 def new_model(tokenizer, run_config):
@@ -294,126 +467,108 @@ def pretrain(model, run_config, config, task, tokenizer):
 # ------------------------------------------------------------------------------------------- policy gradients
 
 
-def reinforce(model, run_config, config, task, tokenizer, folder):
-    """max_steps policy-gradient updates, in place. Every update appends its numbers to metrics.jsonl; returns them."""
+def reinforce(model, run_config, config, task, tokenizer, folder, started):
+    """Policy-gradient updates up to max_steps, in place, from the newest checkpoint. Every update appends its numbers
+    to metrics.jsonl. Ctrl-C and SIGTERM end it after a last checkpoint. Returns the numbers of all updates, and the
+    seconds that the run had taken before it was resumed."""
     rng, generator = streams(run_config.seed, "reinforce")
-    examples, validation = task.load("train"), task.load("validation")
-    # The gradient is mostly noise: a long memory of its square (0.999) learnt faster than 0.99.
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-    reference = copy.deepcopy(model) if config.beta > 0 else None
-    history = []
-    bar = tqdm(range(run_config.max_steps), desc="AGRPO")
-    with open(folder / "metrics.jsonl", "w") as log:
-        for step in bar:
-            started = time.perf_counter()
+    train, validation = (task.load(split, run_config.data) for split in ("train", "validation"))
+    validation = some(validation, run_config)
+    parameters = list(runs.trainable(model).values())
+    optimizer = torch.optim.AdamW(
+        parameters, betas=(0.9, run_config.adam_beta2), weight_decay=run_config.weight_decay, fused=True
+    )
+    reference = frozen_copy(model) if config.beta > 0 else None
+    done, seconds_before = runs.load_checkpoint(folder, model, optimizer, rng, generator)
+    history = runs.from_first(lambda: runs.rewind_metrics(folder / "metrics.jsonl", done))
+    track = runs.tracker(run_config.tracker, folder, asdict(run_config) | asdict(config))
+    steps = tqdm(
+        range(done, run_config.max_steps),
+        desc="AGRPO",
+        initial=done,
+        total=run_config.max_steps,
+        disable=runs.rank() > 0,
+    )
+    with runs.finish_what_was_begun() as stop:
+        for step in steps:
             optimizer.param_groups[0]["lr"] = learning_rate(run_config, step)
-            prompts = rng.choices(examples, k=run_config.prompts_per_step)
-            optimizer.zero_grad()
+            prompts = rng.choices(train, k=run_config.prompts_per_step)
             metrics = {"step": step + 1}
-            metrics |= policy_gradient(model, prompts, run_config, config, task, tokenizer, generator, reference)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run_config.gradient_clip, error_if_nonfinite=True)
-            optimizer.step()
-            metrics |= {"gradient_norm": norm.item(), "learning_rate": optimizer.param_groups[0]["lr"]}
-            metrics["seconds"] = time.perf_counter() - started  # the only field that differs between equal runs
+            metrics |= update(model, prompts, optimizer, run_config, config, task, tokenizer, generator, reference)
             if (step + 1) % run_config.eval_every == 0:
-                metrics["validation"] = measure(model, tokenizer, task, validation, config, run_config)
+                policy = evaluated(run_config, config, config.sampling_steps)
+                metrics["validation"] = accuracies(model, tokenizer, task, validation, policy, run_config)
             history.append(metrics)
-            log.write(json.dumps(metrics) + "\n")
-            log.flush()
-            bar.set_postfix({name: f"{metrics[name]:.2f}" for name in ("reward", "accuracy", "entropy", "signal")})
-    return history
+            runs.append_line(folder / "metrics.jsonl", metrics)
+            track(step + 1, metrics)
+            steps.set_postfix({name: f"{metrics[name]:.2f}" for name in ("reward", "accuracy", "entropy", "signal")})
+            stopped = any(runs.gather(bool(stop)))
+            if (step + 1) % run_config.save_every == 0 or step + 1 == run_config.max_steps or stopped:
+                elapsed = seconds_before + time.perf_counter() - started
+                runs.save_checkpoint(folder, step + 1, elapsed, model, optimizer, rng, generator)
+            if stopped:
+                raise KeyboardInterrupt
+    return history, seconds_before
+
+
+def frozen_copy(model):
+    """The reference policy of the KL term, as a callable: under LoRA the same weights with the adapter off."""
+    if not hasattr(model, "peft_config"):
+        return copy.deepcopy(model)
+
+    def reference(*inputs, **options):
+        with model.disable_adapter():
+            return model(*inputs, **options)
+
+    return reference
 
 
 def learning_rate(run_config, step):
-    """Ten updates of warm-up, constant, and linearly to zero over the last fifth."""
-    return run_config.learning_rate * min(1, (step + 1) / 10, 5 * (1 - step / run_config.max_steps))
+    """linear: ten updates of warm-up, constant, to zero over the last fifth. cosine: 1% of warm-up, half a cosine."""
+    share = step / run_config.max_steps
+    if run_config.schedule == "cosine":
+        return run_config.learning_rate * min(
+            (step + 1) / (0.01 * run_config.max_steps), 0.5 + 0.5 * math.cos(math.pi * share)
+        )
+    return run_config.learning_rate * min(1, (step + 1) / 10, 5 * (1 - share))
+
+
+def update(model, prompts, optimizer, run_config, config, task, tokenizer, generator, reference):
+    """One optimizer step on the prompts, shared among the processes. Returns its numbers."""
+    begun = time.perf_counter()
+    optimizer.zero_grad()
+    mine = prompts[runs.rank() :: runs.processes()]
+    share = len(mine) / len(prompts)
+    metrics = policy_gradient(model, mine, run_config, config, task, tokenizer, generator, reference)
+    parameters = optimizer.param_groups[0]["params"]
+    runs.average_gradients(parameters, share)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, run_config.gradient_clip, error_if_nonfinite=True)
+    optimizer.step()
+    metrics = runs.merge_metrics(metrics, share)
+    metrics |= {"gradient_norm": norm.item(), "learning_rate": optimizer.param_groups[0]["lr"]}
+    metrics["seconds"] = time.perf_counter() - begun  # the only field that differs between equal runs
+    return metrics
 
 
 def policy_gradient(model, prompts, run_config, config, task, tokenizer, generator, reference):
     """Roll out, reward, compare within groups, add the gradient to .grad. Returns the numbers of the step."""
-    G = config.num_generations
-    ids, mask = encode(tokenizer, task, prompts)
+    G, chat = config.num_generations, run_config.model != "tiny"
+    ids, mask = encode(tokenizer, task, prompts, next(model.parameters()).device)
     # Each prompt G times in a row: the G neighbours are the group whose rewards are compared.
     ids, mask, rows = ids.repeat_interleave(G, 0), mask.repeat_interleave(G, 0), rows_per_pass(run_config, ids, config)
     rollout = agrpo.rollout(model, ids, mask, config, generator, rows)
     answers = list(zip(decode(tokenizer, rollout.completion_ids), [p for p in prompts for _ in range(G)]))
-    rewards = torch.tensor([task.reward(*answer) for answer in answers])
+    rewards = torch.tensor([task.reward(*answer, chat=chat) for answer in answers])
     advantages = agrpo.group_advantages(rewards, G)
     stats = agrpo.accumulate_gradient(model, rollout, advantages, config, generator, rows, reference)
+    written = rollout.unmask_step < config.sampling_steps
     return {
         "reward": rewards.mean().item(),
         "accuracy": sum(task.is_correct(*answer) for answer in answers) / len(answers),
-        "entropy": rollout.entropies[rollout.unmask_step < config.sampling_steps]
-        .mean()
-        .item(),  # nats per written token
+        "entropy": rollout.entropies[written].mean().item(),  # nats per written token
         "signal": (advantages.view(-1, G) != 0).any(1).float().mean().item(),  # share of groups that disagree
         **stats,
     }
-
-
-# -------------------------------------------------------------------------------------------- what a run shows
-
-
-def print_trajectory(run, tokenizer, row=0):
-    """One completion as it appears: `_` is [MASK], `.` is <eos>."""
-
-    def text(ids):
-        special = {run.mask_token_id: "_", run.eos_token_id: "."}
-        return "".join(special.get(i) or tokenizer.decode([i]) for i in ids)
-
-    for t in range(int(run.steps_taken[row]) + 1):
-        seen = run.state_at(torch.full((len(run.unmask_step),), t))[row, run.prompt_ids.shape[1] :]
-        print(
-            f"    before step {t}   {text(seen.tolist())}"
-            if t < run.steps_taken[row]
-            else f"    finished        {text(seen.tolist())}"
-        )
-
-
-def draw_curve(history, base, final, split, path):
-    """curve.png: accuracy above; entropy and the share of groups with signal, which explain where it stops, below."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        return "no picture: it needs matplotlib (pip install matplotlib)"
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    steps = [metrics["step"] for metrics in history]
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, height_ratios=(2, 1))
-    top.plot(steps, [metrics["accuracy"] for metrics in history], color="0.8", label="rollouts, training prompts")
-    checked = [metrics for metrics in history if "validation" in metrics]
-    for kind, color in (("sampled", "C0"), ("greedy", "C1")):
-        top.plot(
-            [m["step"] for m in checked],
-            [m["validation"][kind] for m in checked],
-            "o-",
-            ms=3,
-            color=color,
-            label=f"{kind}, validation prompts",
-        )
-        top.plot(
-            [0, len(history)], [base[kind], final[kind]], "*", ms=11, color=color, label=f"{kind}, {split} prompts"
-        )
-    top.set(ylabel="share of correct answers", ylim=(0, 1))
-    top.legend(fontsize=8)
-    bottom.plot(steps, [metrics["entropy"] for metrics in history], color="C2", label="entropy, nats per token")
-    bottom.plot(steps, [metrics["signal"] for metrics in history], color="C3", label="share of groups with signal")
-    bottom.set(xlabel="policy-gradient updates", ylim=(0, None))
-    bottom.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return f"learning curve: {path}"
-
-
-def print_table(table, split):
-    """Base against trained, by number of sampling steps."""
-    models = list(next(iter(table.values())))
-    print("\n" + f"{split} accuracy".ljust(20) + "".join(f"{model:>11} sampled{model:>11} greedy" for model in models))
-    for steps, row in table.items():
-        cells = "".join(f"{row[model]['sampled']:>19.1%}{row[model]['greedy']:>18.1%}" for model in models)
-        print(f"{steps:>3} steps".ljust(20) + cells)
 
 
 # -------------------------------------------------------------------------------------------------- programs
@@ -422,109 +577,160 @@ def print_table(table, split):
 def run(run_config, config):
     """The main job: base model, test, reinforce, test, and everything a person would want to look at."""
     started = time.perf_counter()
+    device_of(run_config)
+    if run_config.prompts_per_step < runs.processes():
+        raise ValueError(f"--prompts-per-step {run_config.prompts_per_step}: each process needs a prompt of its own")
     torch.set_num_threads(min(4, torch.get_num_threads()))  # matrices this small do not pay for many threads
-    task, folder = tasks.TASKS[run_config.task], new_folder(run_config)
-    tokenizer = tiny_dllm.character_tokenizer()
-    write_json(folder / "config.json", {"run": asdict(run_config), "algorithm": asdict(config)})
-    model = base_model(run_config, config, task, tokenizer, cache=folder.parent)
-    questions = task.load(run_config.eval_split)[: run_config.eval_prompts]
-    tables = {"base": by_sampling_steps(model, tokenizer, task, run_config, config, questions)}
-    history = reinforce(model, run_config, config, task, tokenizer, folder)
-    tables["final"] = by_sampling_steps(model, tokenizer, task, run_config, config, questions)
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    task, folder = task_of(run_config), runs.from_first(lambda: run_folder(run_config, config))
+    if (folder / "summary.json").exists():
+        return runs.say(f"{folder} is finished: python train.py --evaluate {folder}")
+    questions = some(task.load(run_config.eval_split, run_config.data), run_config)
+    model, tokenizer = starting_model(run_config, config, task, cache=folder.parent)
+    if revision := getattr(unwrapped(model), "revision", None):  # the hub may move on; this run will not
+        run_config = replace(run_config, revision=revision)
+        runs.from_first(lambda: write_settings(folder, run_config, config))
+    report = model, tokenizer, task, run_config, config, questions
+    base = runs.from_first(lambda: runs.read_json(folder / "base.json"))
+    if base is None:
+        base = by_sampling_steps(*report)
+        runs.from_first(lambda: runs.write_json(folder / "base.json", base))
+    history, seconds_before = reinforce(model, run_config, config, task, tokenizer, folder, started)
+    tables = {"base": base, "final": by_sampling_steps(*report)}
     m = str(config.sampling_steps)
     summary = {
         "task": run_config.task,
         "model": run_config.model,
         "seed": run_config.seed,
         "steps": len(history),
-        "seconds": time.perf_counter() - started,
-        "base": tables["base"][m],
-        "final": tables["final"][m],
-        "by_sampling_steps": {
-            steps: {name: table[steps] for name, table in tables.items()} for steps in tables["base"]
-        },
+        "seconds": seconds_before + time.perf_counter() - started,
+        **{name: table[m] for name, table in tables.items()},
+        "by_sampling_steps": {steps: {name: table[steps] for name, table in tables.items()} for steps in base},
     }
-    write_json(folder / "summary.json", summary)
-    picture = draw_curve(history, summary["base"], summary["final"], run_config.eval_split, folder / "curve.png")
-    print_table(summary["by_sampling_steps"], run_config.eval_split)
+    if runs.rank() == 0:
+        save_model(model, tokenizer, folder / "model")
+        show(folder, model, tokenizer, task, run_config, config, questions, history, summary)
+
+
+def show(folder, model, tokenizer, task, run_config, config, questions, history, summary):
+    """The ending: table, picture, one answer as it appears, what to try next, and the line that says it all."""
+    runs.write_json(folder / "summary.json", summary)
+    picture = runs.draw_curve(history, summary["base"], summary["final"], run_config.eval_split, folder / "curve.png")
+    runs.print_report(summary["by_sampling_steps"], run_config.eval_split)
     print(f"\na {run_config.eval_split} question, answered by the trained model:")
-    answer(model, tokenizer, task, questions[0], config, run_config.seed)
-    print(f'\n{picture}\nask it yourself: python train.py --evaluate {folder} --prompt "{task.question(questions[1])}"')
+    policy = evaluated(run_config, config, config.sampling_steps)
+    answer(model, tokenizer, task, questions[0], policy, run_config.seed)
+    print(
+        f"\n{picture}\nask it yourself: python train.py --evaluate {folder} --prompt {task.question(questions[-1])!r}"
+    )
     if history and not any(metrics["signal"] for metrics in history):
         print("nothing was learnt: no two answers to a question ever differed in reward; try more --base-steps")
     changes = [f"{kind} {summary['base'][kind]:.1%} -> {summary['final'][kind]:.1%}" for kind in summary["base"]]
     print(f"done in {summary['seconds']:.0f} s: {', '.join(changes)}")
 
 
-def evaluate(run_config):
-    """Measure a finished run again, or answer one typed question with it."""
-    from transformers import PreTrainedTokenizerFast
-
+def evaluate(run_config, config):
+    """Measure a finished run or a model, a line per number of sampling steps; or answer one typed question."""
+    device_of(run_config)
     folder = Path(run_config.evaluate)
-    if not (folder / "summary.json").exists():
-        raise ValueError(f"{folder} holds no finished run: --evaluate takes the folder of one (it has a summary.json)")
-    try:
-        stored = json.loads((folder / "config.json").read_text())
-        config, task = AGRPOConfig(**stored["algorithm"]), tasks.TASKS[stored["run"]["task"]]
-        run_config = replace(run_config, seed=stored["run"]["seed"], eval_steps=stored["run"]["eval_steps"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder}/config.json is not that of a run: {error}") from error
-    model = tiny_dllm.MaskedDiffusionLM.from_pretrained(folder / "model")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "model")
+    a_run = runs.read_settings(folder) is not None
+    if a_run and not (folder / "summary.json").exists():
+        raise ValueError(f"{folder} holds no finished run: python train.py --resume {folder}")
+    task = task_of(run_config)
+    name = str(folder / "model") if a_run else HUB_IDS.get(run_config.evaluate, run_config.evaluate)
+    model, tokenizer = load_model(name, run_config)
     if run_config.prompt:
-        answer(model, tokenizer, task, task.parse_question(run_config.prompt), config, run_config.seed)
-        return
-    table = by_sampling_steps(
-        model, tokenizer, task, run_config, config, task.load(run_config.eval_split)[: run_config.eval_prompts]
-    )
-    print_table({steps: {"final": row} for steps, row in table.items()}, run_config.eval_split)
+        policy = evaluated(run_config, config, config.sampling_steps)
+        return answer(model, tokenizer, task, task.parse_question(run_config.prompt), policy, run_config.seed)
+    questions = some(task.read(run_config.data) if run_config.data else task.load(run_config.eval_split), run_config)
+    if run_config.out or not a_run:
+        folder = runs.from_first(lambda: runs.new_folder(run_config.out, f"evaluation-{run_config.task}"))
+    report = {"model": name, "task": run_config.task, "questions": run_config.data or run_config.eval_split}
+    report |= {"seed": run_config.seed, **runs.provenance(), "rows": []}
+    runs.print_evaluation()
+    for steps in run_config.eval_steps:
+        for policy in run_config.eval_policies:
+            row = evaluate_once(model, tokenizer, task, questions, steps, policy, run_config, config, folder)
+            report["rows"].append(row)
+            runs.print_evaluation(row)
+            runs.from_first(lambda: runs.write_json(folder / f"evaluation-{run_config.task}.json", report))
+    runs.say(f"{folder / f'evaluation-{run_config.task}.json'}")
+
+
+def evaluate_once(model, tokenizer, task, questions, steps, policy, run_config, config, folder):
+    """One row of the evaluation table; its completions into completions-TASK.jsonl if asked."""
+    sampled = evaluated(run_config, config, steps)
+    share = len(questions[runs.rank() :: runs.processes()])
+    with tqdm(total=share, desc=f"{steps} steps, {policy}", leave=False, disable=runs.rank() > 0) as bar:
+        chosen = sampled if policy == "sampled" else greedy(sampled)
+        records = grade(model, tokenizer, task, questions, chosen, run_config, bar)
+    if run_config.save_completions and runs.rank() == 0:
+        first = steps == run_config.eval_steps[0] and policy == run_config.eval_policies[0]
+        path = folder / f"completions-{run_config.task}.jsonl"
+        with open(path, "w" if first else "a") as file:
+            file.writelines(json.dumps({"steps": steps, "policy": policy} | record) + "\n" for record in records)
+    row = {"steps": steps, "policy": policy, "answers": len(records), "accuracy": mean(records, "correct")}
+    return row | {name: mean(records, name) for name in ("length", "seconds")}
 
 
 def answer(model, tokenizer, task, example, config, seed):
     """Show the greedy completion of one question appear step by step, and whether it is right."""
-    shown = agrpo.rollout(model, *encode(tokenizer, task, [example]), greedy(config), streams(seed, "answer")[1])
+    prompt = encode(tokenizer, task, [example], next(model.parameters()).device)
+    shown = agrpo.rollout(model, *prompt, greedy(config), streams(seed, "answer")[1])
     text = decode(tokenizer, shown.completion_ids)[0]
     print(f"    question        {task.question(example)}")
-    print_trajectory(shown, tokenizer)
-    print(f"    answer          {text}   {'correct' if task.is_correct(text, example) else 'wrong'}")
+    runs.print_trajectory(shown, tokenizer)
+    verdict = "" if example.get("answer", "") is None else "correct" if task.is_correct(text, example) else "wrong"
+    print(f"    answer          {text}   {verdict}")
 
 
-def new_folder(run_config):
-    """Make the folder of the run; a folder that already holds one is never touched."""
-    if run_config.out:
-        folder = Path(run_config.out)
-        if (folder / "config.json").exists():
-            raise ValueError(f"{folder} already holds a run: choose another --out, or remove it")
-    else:
-        name = f"{run_config.task}-seed{run_config.seed}"
-        taken = (Path("runs") / (f"{name}-{i}" if i > 1 else name) for i in itertools.count(1))
-        folder = next(path for path in taken if not path.exists())
-    folder.mkdir(parents=True, exist_ok=True)
+def some(questions, run_config):
+    """The first --eval-prompts of the questions; 0: all."""
+    return questions[: run_config.eval_prompts or None]
+
+
+def run_folder(run_config, config):
+    """The folder of the run: that of --resume, or a new one with its config.json."""
+    if run_config.resume:
+        folder = Path(run_config.resume)
+        if runs.read_settings(folder) is None:
+            raise ValueError(f"{folder} holds no run to resume: it has no config.json that can be read")
+        for unfinished in folder.glob("*.tmp"):
+            shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
+        return folder
+    folder = runs.new_folder(run_config.out, f"{run_config.task}-seed{run_config.seed}")
+    write_settings(folder, run_config, config)
     return folder
 
 
-def write_json(path, value):
-    """Write beside and rename, so that the file is whole whenever it is there."""
+def write_settings(folder, run_config, config):
+    """config.json: every value that decides the run's numbers."""
+    settings = {"run": asdict(replace(run_config, resume="")), "algorithm": asdict(config)}
+    runs.write_json(folder / "config.json", settings | runs.provenance())
+
+
+def save_model(model, tokenizer, path):
+    """The model, or its adapter in peft's format, with its tokenizer: whole or not at all."""
     unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(value, indent=2) + "\n")
-    unfinished.replace(path)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    tiny_dllm.save(model, unfinished)
+    tokenizer.save_pretrained(unfinished)
+    shutil.rmtree(path, ignore_errors=True)
+    unfinished.rename(path)
 
 
 def main(argv=None):
     run_config, config = parse_arguments(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        if run_config.evaluate:
-            evaluate(run_config)
-        else:
-            run(run_config, config)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        evaluate(run_config, config) if run_config.evaluate else run(run_config, config)
+    except (MemoryError, RuntimeError, OSError, ValueError) as error:
+        print(f"train.py: {runs.in_one_line(error, run_config)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ntrain.py: interrupted; the numbers so far are in the run's metrics.jsonl", file=sys.stderr)
+        print("\ntrain.py: stopped; continue with --resume and the folder of the run", file=sys.stderr)
         return 130
+    finally:
+        runs.stop_processes()
     return 0
 
 

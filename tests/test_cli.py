@@ -79,7 +79,7 @@ def test_a_finished_run_answers_a_typed_question_and_is_measured_again(done):
     folder, _ = done
     result = train("--evaluate", folder, "--prompt", "0310 2004 0400 1043")
     assert result.returncode == 0 and "before step 1" in result.stdout and "answer" in result.stdout
-    result = train("--evaluate", folder, "--eval-prompts", 40)
+    result = train("--evaluate", folder, "--eval-prompts", 40, "--eval-policies", "sampled", "greedy")
     final = json.loads((folder / "summary.json").read_text())["final"]
     assert f"{final['sampled']:.1%}" in result.stdout and f"{final['greedy']:.1%}" in result.stdout
 
@@ -87,7 +87,7 @@ def test_a_finished_run_answers_a_typed_question_and_is_measured_again(done):
 def test_settings_can_be_chosen_without_reading_the_test_questions(tmp_path, monkeypatch, capsys):
     read = []
     load = tasks.Countdown.load
-    monkeypatch.setattr(tasks.Countdown, "load", lambda self, split: read.append(split) or load(self, split))
+    monkeypatch.setattr(tasks.Countdown, "load", lambda self, split, data=None: read.append(split) or load(self, split))
     flags = "--base-steps 3 --base-batch 8 --max-steps 1 --eval-steps 2 --eval-prompts 20 --eval-split validation"
     assert main([*flags.split(), "--out", str(tmp_path / "run")]) == 0
     assert "validation" in read and "test" not in read
@@ -108,14 +108,21 @@ def test_help_is_short_and_names_every_option(capsys):
         parse_arguments(["--help"])
     lines = capsys.readouterr().out.splitlines()
     flags = ["--" + f.name.replace("_", "-") for cls in (RunConfig, AGRPOConfig) for f in dataclasses.fields(cls)]
-    assert len(lines) < 100 and all(any(line.strip().startswith(flag) for line in lines) for flag in flags)
+    assert len(lines) < 110 and all(any(line.strip().startswith(flag) for line in lines) for flag in flags)
 
 
 @pytest.mark.parametrize(
     "arguments, word",
     [
         (["--task", "chess"], "countdown, sudoku"),
-        (["--model", "llada"], "next"),
+        (["--task", "gsm8k"], "countdown, sudoku"),
+        (["--model", "llada", "--task", "chess"], "gsm8k"),
+        (["--lora-rank", "4"], "--lora-rank"),
+        (["--tracker", "paper"], "wandb"),
+        (["--save-completions"], "--evaluate"),
+        (["--evaluate", "a", "--resume", "b"], "choose one"),
+        (["--eval-policies", "best"], "greedy"),
+        (["--adam-beta2", "1"], "[0, 1)"),
         (["--sampling-steps", "9"], "exceeds"),
         (["--mc-samples", "0"], "mc_samples"),
         (["--num-generations", "1"], "group"),

@@ -45,7 +45,7 @@ HOSTILE = (
 )
 
 
-@pytest.fixture(params=sorted(TASKS))
+@pytest.fixture(params=["countdown", "sudoku"])
 def task(request):
     return TASKS[request.param]
 
@@ -71,7 +71,7 @@ def test_loading_is_deterministic_across_processes_and_leaves_the_global_generat
     state = random.getstate()
     type(task)().load("validation")
     assert random.getstate() == state
-    code = "import json, tasks; print(json.dumps([t.load('test') for t in tasks.TASKS.values()]))"
+    code = "import json, tasks; print(json.dumps([t.load('test') for t in (tasks.TASKS['countdown'], tasks.TASKS['sudoku'])]))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
     assert task.load("test") in json.loads(out)
     task.load("test").clear()  # the list is the caller's own
@@ -180,14 +180,14 @@ def test_the_answer_stands_in_the_last_complete_pair_of_tags():
 @pytest.mark.parametrize(
     ("answer", "plain", "chat"),
     [
-        ("12+7-3", 3, 3 + 2 / 3),  # the third for form that is missing asks for "=16"
+        ("12+7-3", 3, 3),  # form is that of an equation
         ("12+7-3=16", 3, 4),
         ("(7 - 3) + 12\n = 16", 3, 4),
         ("12+7-3=17", 0, 2 / 3),  # a wrong statement is not correct
-        ("12+7+3", 0, 2 / 3),
+        ("12+7+3", 0, 0),
         ("12+7+3=16", 0, 1),  # the form credit believes what is stated
-        ("12*7/3-12", 0, 1 / 3),  # worth 16, but uses 12 twice
-        ("1+1", 0, 1 / 3),
+        ("12*7/3-12=16", 0, 2 / 3),  # worth 16, but uses 12 twice
+        ("1+1=x", 0, 1 / 3),
         ("12+7-", 0, 0),
     ],
 )
@@ -220,7 +220,8 @@ def test_hostile_completions_earn_nothing_and_cost_nothing():
     start = time.perf_counter()
     for text, chat in itertools.product(HOSTILE, (False, True)):
         for completion in (text, f"<answer>{text}</answer>"):
-            assert COUNTDOWN.reward(completion, GAME, chat=chat) == 0, completion[:40]
+            form = 1 / 3 if chat and text == "=16" else 0  # for the target behind an equals sign, as the paper has it
+            assert COUNTDOWN.reward(completion, GAME, chat=chat) == form, completion[:40]
             assert SUDOKU.reward(completion, GRID, chat=chat) == 0, completion[:40]
     assert time.perf_counter() - start < 1
 

@@ -1,0 +1,99 @@
+"""LoRA adapters: where they sit, that they start as the base model, travel in peft's format, and are the only thing
+trained; and activation checkpointing, which changes memory and nothing else."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import EOS, MASK, VOCAB, gradient, make_config, make_prompts, make_rollout
+
+import train
+from agrpo import accumulate_gradient, group_advantages
+from tiny_dllm import Config, MaskedDiffusionLM, add_lora, load, save
+
+pytest.importorskip("peft")
+ADVANTAGES = torch.tensor([1.0, -0.5, 0.5, 2.0, -1.0, 0.25])
+
+
+@pytest.fixture
+def base(tmp_path):
+    config = Config(VOCAB, MASK, EOS, d_model=16, n_layers=2, n_heads=2, mlp_hidden_size=32)
+    MaskedDiffusionLM(config).init_weights(torch.Generator().manual_seed(0)).save_pretrained(tmp_path / "base")
+    return load(tmp_path / "base")
+
+
+@pytest.fixture
+def adapted(base):
+    return add_lora(copy.deepcopy(base), 4, 8, torch.Generator().manual_seed(1))
+
+
+def perturb(model):
+    """Move the adapter away from zero, as training does."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.1
+    return model
+
+
+def test_seven_matrices_of_each_block_are_adapted_and_not_the_head(adapted):
+    names = {name.split(".lora_A")[0] for name, _ in adapted.named_parameters() if "lora_A" in name}
+    layers = "q_proj k_proj v_proj attn_out ff_proj up_proj ff_out".split()
+    assert names == {f"base_model.model.model.transformer.blocks.{i}.{layer}" for i in range(2) for layer in layers}
+    assert all("lora_" in name for name, parameter in adapted.named_parameters() if parameter.requires_grad)
+
+
+def test_a_fresh_adapter_is_the_base_model_and_the_same_for_the_same_seed(base, adapted):
+    ids, mask = make_prompts()
+    assert torch.equal(adapted(ids, attention_mask=mask), base(ids, attention_mask=mask))
+    again = add_lora(copy.deepcopy(base), 4, 8, torch.Generator().manual_seed(1))
+    assert all(torch.equal(a, b) for a, b in zip(adapted.parameters(), again.parameters()))
+
+
+def test_on_policy_the_ratio_is_1_and_only_the_adapter_gets_a_gradient(adapted):
+    config = make_config(temperature=0.6, top_k=5, top_p=0.9)
+    run = make_rollout(perturb(adapted), config)
+    stats = accumulate_gradient(adapted, run, ADVANTAGES, config, torch.Generator().manual_seed(0), 3)
+    assert stats["ratio_error"] < 1e-6
+    assert all(("lora_" in name) == (p.grad is not None) for name, p in adapted.named_parameters())
+
+
+def test_the_reference_policy_is_the_model_with_its_adapter_off(base, adapted):
+    ids, mask = make_prompts()
+    reference = train.frozen_copy(perturb(adapted))
+    assert torch.equal(reference(ids, attention_mask=mask), base(ids, attention_mask=mask))
+    assert not torch.allclose(adapted(ids, attention_mask=mask), base(ids, attention_mask=mask))
+
+
+def test_an_adapter_travels_in_pefts_format(base, adapted, tmp_path):
+    save(perturb(adapted), tmp_path / "adapter")
+    stored = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert stored["base_model_name_or_path"] == str(tmp_path / "base") and stored["r"] == 4
+    ids, mask = make_prompts()
+    assert torch.equal(load(tmp_path / "adapter")(ids, attention_mask=mask), adapted(ids, attention_mask=mask))
+    import peft
+
+    other = peft.PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter")  # as a user of peft would
+    assert torch.equal(other(ids, attention_mask=mask), adapted(ids, attention_mask=mask))
+
+
+def test_pickled_adapters_are_refused(adapted, tmp_path):
+    save(adapted, tmp_path)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(ValueError, match="pickled"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_activation_checkpointing_changes_no_gradient(base, adapted, lora):
+    model = perturb(adapted) if lora else base
+    config = make_config()
+    run = make_rollout(model, config)
+    advantages = group_advantages(torch.tensor([1.0, 0.0, 0.0, 3.0, 1.0, 0.0]), 3)
+    gradients = []
+    for recompute in (False, True):
+        train.unwrapped(model).gradient_checkpointing = recompute
+        accumulate_gradient(model, run, advantages, config, torch.Generator().manual_seed(0), 4)
+        gradients.append(gradient(model))
+    assert gradients[0].norm() > 0 and torch.allclose(*gradients, rtol=1e-6, atol=1e-8)
