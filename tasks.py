@@ -201,20 +201,21 @@ class Countdown(Task):
         "<think>9 + 2 = 11 and 11 - 4 = 7.</think>\n<answer>9+2-4=7</answer>"
     )
 
-    @functools.cache  # noqa: B019 (a task lives as long as the process)
     def _split(self, split):
-        rng = random.Random(SEED)
-        multisets = itertools.combinations_with_replacement(range(1, self.MAX_NUMBER + 1), 3)
-        pairs = [(m, t) for m in multisets for t in sorted(set(_sums(m).values())) if t > 0]
-        rng.shuffle(pairs)
-        examples = [{"numbers": list(m), "target": t} for m, t in pairs]
         held_out = self.NUM_TEST + self.NUM_VALIDATION
         start, stop = {
             "test": (0, self.NUM_TEST),
             "validation": (self.NUM_TEST, held_out),
             "train": (held_out, None),
         }[split]
-        return examples[start:stop]
+        return self._examples()[start:stop]
+
+    @functools.cache  # noqa: B019 (a task lives as long as the process)
+    def _examples(self):
+        multisets = itertools.combinations_with_replacement(range(1, self.MAX_NUMBER + 1), 3)
+        pairs = [(m, t) for m in multisets for t in sorted(set(_sums(m).values())) if t > 0]
+        random.Random(SEED).shuffle(pairs)
+        return [{"numbers": list(m), "target": t} for m, t in pairs]
 
     def question(self, example):
         *numbers, target = (f"{number:02d}" for number in [*example["numbers"], example["target"]])
@@ -275,19 +276,15 @@ class ChatCountdown(Countdown):
     asked = "A question gives some numbers and the target"
 
     @functools.cache  # noqa: B019
-    def _split(self, split):
-        rng, targets = random.Random(SEED), {}
-        while len(targets) < self.NUM_TRAIN + self.NUM_VALIDATION + self.NUM_TEST:
-            numbers = [rng.randint(1, self.MAX_NUMBER) for _ in range(3)]
+    def _examples(self):
+        rng, examples = random.Random(SEED), {}
+        while len(examples) < self.NUM_TRAIN + self.NUM_VALIDATION + self.NUM_TEST:
+            numbers = rng.choices(range(1, self.MAX_NUMBER + 1), k=3)
             value = evaluate(_expression(numbers, rng))
             if value is not None and value.denominator == 1 and 1 <= value <= 100:
-                targets.setdefault(tuple(sorted(numbers)), {"numbers": numbers, "target": int(value)})
-        examples = list(targets.values())  # one target per multiset: the splits share no multiset either
-        held_out = self.NUM_TEST + self.NUM_VALIDATION
-        start, stop = {"test": (0, self.NUM_TEST), "validation": (self.NUM_TEST, held_out), "train": (held_out, None)}[
-            split
-        ]
-        return examples[start:stop]
+                # One target per multiset: here the splits share no multiset either.
+                examples.setdefault(tuple(sorted(numbers)), {"numbers": numbers, "target": int(value)})
+        return list(examples.values())
 
     def question(self, example):
         return f"Numbers: {', '.join(map(str, example['numbers']))}\nTarget: {example['target']}"
@@ -362,8 +359,8 @@ class Sudoku(Task):
     asked = "a digit from 1 to 4 is given, a letter marks an empty cell"
     system = (
         "You solve small Sudoku puzzles. A question is a 4x4 grid, written as its four rows from top to bottom; "
-        "{asked}. Fill the empty cells so that each row, each column and each 2x2 corner box contains 1, 2, 3 and 4 once. The "
-        "given digits stay where they are.\n"
+        "{asked}. Fill the empty cells so that each row, each column and each 2x2 corner box contains 1, 2, 3 and 4 "
+        "once. The given digits stay where they are.\n"
         "Work it out between <think> and </think>. Then write all 16 digits of the full grid, row after row, between "
         "<answer> and </answer>, and nothing else there."
     )
@@ -413,11 +410,13 @@ class Sudoku(Task):
         """An example of this grid: random blanks, redrawn until they leave one solution."""
         # The number is drawn once: redrawing it too would leave few puzzles with many blanks.
         blanks = rng.randint(self.MIN_BLANKS, self.MAX_BLANKS)
-        while True:
-            empty = rng.sample(range(16), blanks)
-            puzzle = "".join("0" if cell in empty else digit for cell, digit in enumerate(grid))
-            if solutions(puzzle).bit_count() == 1:
-                return {"puzzle": puzzle, "solution": grid}
+        clues = [_grids_with(cell, digit) for cell, digit in enumerate(grid)]
+        left = 0
+        while left.bit_count() != 1:  # grids that agree with all clues that are left
+            empty = set(rng.sample(range(16), blanks))
+            left = functools.reduce(operator.and_, [clue for cell, clue in enumerate(clues) if cell not in empty])
+        puzzle = "".join("0" if cell in empty else digit for cell, digit in enumerate(grid))
+        return {"puzzle": puzzle, "solution": grid}
 
     def solution(self, example, rng):
         return example["solution"]  # the only one: rng has nothing to choose

@@ -131,7 +131,8 @@ class MaskedDiffusionLM(nn.Module):
         self.config, self.mask_token_id, self.eos_token_id = config, config.mask_token_id, config.eos_token_id
         self.gradient_checkpointing = False  # keep one activation per block and compute the others again: less memory
         transformer = {
-            "wte": nn.Embedding(config.vocab_size, config.d_model),
+            # Not nn.Embedding(...), whose own random numbers would be drawn only to be overwritten.
+            "wte": nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.d_model), freeze=False),
             "blocks": nn.ModuleList(Block(config) for _ in range(config.n_layers)),
             "ln_f": RMSNorm(config.d_model, config.rms_norm_eps),
             "ff_out": nn.Linear(config.d_model, config.vocab_size, bias=False),

@@ -147,9 +147,9 @@ def parse_arguments(argv):
     )
     defaults, stored = defaults_for(argv)
     for cls, title in ((RunConfig, "the run"), (AGRPOConfig, "the algorithm (agrpo.py)")):
-        group = parser.add_argument_group(title)
+        group, help_of = parser.add_argument_group(title), comments(cls)
         for field in dataclasses.fields(cls):
-            add_flag(group, field, defaults.get(field.name, field.default), comments(cls)[field.name])
+            add_flag(group, field, defaults.get(field.name, field.default), help_of[field.name])
     flags = vars(parser.parse_args(argv))
     try:
         for name in stored.keys() & flags.keys() - RESUMABLE if flags["resume"] else ():

@@ -49,7 +49,7 @@ CHAT_TEMPLATE = (
 
 
 def make_llada_folder(folder, shards=2, **sizes):
-    """A small random checkpoint of LLaDA's structure, as the hub has it: sharded, with a trap where its code would be."""
+    """A small random checkpoint of LLaDA's structure as the hub has it: sharded, with a trap in place of its code."""
     from safetensors.torch import save_file
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,14 @@ SHORT = ["--task", "sudoku", *FLAGS.split(), "--sampling-steps", "4", "--eval-st
 
 
 def train(*arguments):
-    return subprocess.run([sys.executable, "train.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    """In a process of its own, as a user runs it; one thread, as the tests have, so that bits can be compared."""
+    command, environment = [sys.executable, "train.py", *map(str, arguments)], os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+def here(*arguments):
+    """In this process, which has loaded everything already."""
+    return main([*map(str, arguments)])
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +61,10 @@ def test_a_run_leaves_what_the_readme_promises(done):
     assert "before step 0   ________________" in printed and printed.splitlines()[-1].startswith("done in ")
 
 
-def test_the_same_seed_gives_the_same_bits_with_a_fresh_and_with_a_reused_base(done, tmp_path):
+def test_the_same_seed_gives_the_same_bits_with_a_fresh_and_with_a_reused_base(done, tmp_path, capsys):
     folder, _ = done
-    fresh, reused = train(*SHORT, "--out", tmp_path / "fresh"), train(*SHORT, "--out", folder.parent / "reused")
-    assert "reusing" in reused.stdout and "reusing" not in fresh.stdout
+    assert here(*SHORT, "--out", folder.parent / "reused") == 0 and "reusing" in capsys.readouterr().out
+    assert here(*SHORT, "--out", tmp_path / "fresh") == 0 and "reusing" not in capsys.readouterr().out
     for other in (tmp_path / "fresh", folder.parent / "reused"):
         assert metrics(other) == metrics(folder)
         for name in ("base", "final", "by_sampling_steps"):
@@ -71,17 +79,18 @@ def test_the_same_seed_gives_the_same_bits_with_a_fresh_and_with_a_reused_base(d
 
 def test_another_seed_gives_other_numbers(done, tmp_path):
     folder, _ = done
-    assert train(*SHORT, "--seed", 1, "--out", tmp_path / "run").returncode == 0
+    assert here(*SHORT, "--seed", 1, "--out", tmp_path / "run") == 0
     assert metrics(tmp_path / "run") != metrics(folder)
 
 
-def test_a_finished_run_answers_a_typed_question_and_is_measured_again(done):
+def test_a_finished_run_answers_a_typed_question_and_is_measured_again(done, capsys):
     folder, _ = done
-    result = train("--evaluate", folder, "--prompt", "0310 2004 0400 1043")
-    assert result.returncode == 0 and "before step 1" in result.stdout and "answer" in result.stdout
-    result = train("--evaluate", folder, "--eval-prompts", 40, "--eval-policies", "sampled", "greedy")
-    final = json.loads((folder / "summary.json").read_text())["final"]
-    assert f"{final['sampled']:.1%}" in result.stdout and f"{final['greedy']:.1%}" in result.stdout
+    assert here("--evaluate", folder, "--prompt", "0310 2004 0400 1043") == 0
+    printed = capsys.readouterr().out
+    assert "before step 1" in printed and "answer" in printed
+    assert here("--evaluate", folder, "--eval-prompts", 40, "--eval-policies", "sampled", "greedy") == 0
+    final, printed = json.loads((folder / "summary.json").read_text())["final"], capsys.readouterr().out
+    assert f"{final['sampled']:.1%}" in printed and f"{final['greedy']:.1%}" in printed
 
 
 def test_settings_can_be_chosen_without_reading_the_test_questions(tmp_path, monkeypatch, capsys):
@@ -96,8 +105,7 @@ def test_settings_can_be_chosen_without_reading_the_test_questions(tmp_path, mon
 
 def test_countdown_without_policy_gradients_is_the_supervised_control(tmp_path):
     flags = "--base-steps 12 --base-batch 16 --max-steps 0 --eval-steps 2 --eval-prompts 40"
-    result = train(*flags.split(), "--out", tmp_path / "run")
-    assert result.returncode == 0, result.stderr
+    assert here(*flags.split(), "--out", tmp_path / "run") == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["task"] == "countdown" and summary["steps"] == 0 and summary["final"] == summary["base"]
     assert metrics(tmp_path / "run") == [] and (tmp_path / "run" / "curve.png").exists()
@@ -146,17 +154,20 @@ def test_misuse_says_one_line_and_exits_with_2(arguments, word, capsys):
     assert exit.value.code == 2 and word in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_other_failures_say_one_line_and_exit_with_1(done, tmp_path):
+def test_other_failures_say_one_line_and_exit_with_1(done, tmp_path, capsys):
     folder, _ = done
     (tmp_path / "broken").mkdir()
     for name in ("config.json", "summary.json"):
         (tmp_path / "broken" / name).write_text("{}")
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "config.json").write_bytes((folder / "config.json").read_bytes())
     for arguments, word in (
         ([*SHORT, "--out", folder], "already holds a run"),
-        (["--evaluate", tmp_path / "nowhere"], "nowhere"),
         (["--evaluate", tmp_path / "broken"], "broken"),
+        (["--evaluate", tmp_path / "unfinished"], "no finished run"),
         (["--evaluate", folder, "--prompt", "what is 2 + 2?"], "a valid question is"),
     ):
-        result = train(*arguments)
-        assert result.returncode == 1 and word in result.stderr.splitlines()[-1], result.stderr
-        assert "Traceback" not in result.stderr
+        assert here(*arguments) == 1
+        assert word in capsys.readouterr().err.splitlines()[-1]
+    result = train("--evaluate", tmp_path / "nowhere" / "at all")
+    assert result.returncode == 1 and "nowhere" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr

@@ -11,7 +11,8 @@ from tasks import CHAT_TASKS
 
 SHORT = (
     "--completion-length 24 --block-length 8 --sampling-steps 12 --mc-samples 3 --eval-length 16 --eval-block 8 "
-    "--eval-steps 4 --prompts-per-step 2 --num-generations 2 --max-steps 2 --eval-every 2 --eval-prompts 3 --lora-rank 2"
+    "--eval-steps 4 --prompts-per-step 2 --num-generations 2 --max-steps 2 --eval-every 2 --eval-prompts 3 "
+    "--lora-rank 2"
 ).split()
 
 

@@ -118,7 +118,7 @@ def test_weights_and_config_travel_under_lladas_names(model, tmp_path):
     [
         ({"include_bias": True}, "include_bias"),
         ({"n_kv_heads": 1}, "n_kv_heads"),
-        ({"mlp_hidden_size": 48}, "safetensors"),
+        ({"mlp_hidden_size": 48}, "shape"),
         ({"n_layers": 3}, "blocks.2"),
         ({"mask_token_id": VOCAB}, "vocabulary"),
         ({"n_heads": 3}, "heads"),

@@ -1,5 +1,5 @@
-"""With the paper's horizon and per-trajectory mean, the gradient is that of the formula the official AGRPO code computes,
-written out here token by token over the whole vocabulary: no shared function, no support ids, no merged draws."""
+"""With the paper's horizon and per-trajectory mean, the gradient is that of the official AGRPO code's formula, written
+out here token by token over the whole vocabulary: no shared function, no support ids, no merged draws."""
 
 import copy
 

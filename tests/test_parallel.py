@@ -66,7 +66,10 @@ def torchrun(arguments, **environment):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=120)
 
 
-SHORT = "--task sudoku --base-steps 30 --base-batch 16 --prompts-per-step 3 --eval-steps 4 --sampling-steps 4 --save-every 1"
+SHORT = (
+    "--task sudoku --base-steps 30 --base-batch 16 --prompts-per-step 3 --eval-steps 4 --sampling-steps 4 "
+    "--save-every 1"
+)
 
 
 def test_a_run_with_two_processes_leaves_one_folder_and_grades_every_answer_once(tmp_path):

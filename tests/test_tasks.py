@@ -71,7 +71,8 @@ def test_loading_is_deterministic_across_processes_and_leaves_the_global_generat
     state = random.getstate()
     type(task)().load("validation")
     assert random.getstate() == state
-    code = "import json, tasks; print(json.dumps([t.load('test') for t in (tasks.TASKS['countdown'], tasks.TASKS['sudoku'])]))"
+    names = "('countdown', 'sudoku')"
+    code = f"import json, tasks; print(json.dumps([tasks.TASKS[name].load('test') for name in {names}]))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
     assert task.load("test") in json.loads(out)
     task.load("test").clear()  # the list is the caller's own
