@@ -12,7 +12,7 @@ from fractions import Fraction
 
 import pytest
 
-from tasks import SPLITS, TASKS, all_grids, evaluate, extract_answer
+from tasks import CHAT_TASKS, SPLITS, TASKS, all_grids, evaluate, extract_answer, solutions
 
 COUNTDOWN, SUDOKU = TASKS["countdown"], TASKS["sudoku"]
 GAME = {"numbers": [3, 7, 12], "target": 16}
@@ -257,3 +257,128 @@ def test_the_parser_agrees_with_pythons_own():
     values = [evaluate(text) for text in texts]
     assert values == [oracle(text) for text in texts]
     assert sum(value is not None for value in values) > 1000
+
+
+# ---- GSM8K, MATH and what instruction-tuned models are asked -----------------------------------
+
+
+def is_correct(name, completion, answer):
+    return TASKS[name].is_correct(completion, {"question": "?", "answer": answer})
+
+
+@pytest.mark.parametrize(
+    "completion, answer, verdict",
+    [
+        ("<think>16-3-4=9</think><answer>\\boxed{18}</answer>", "18", True),
+        ("<answer>$18.00</answer>", "18", True),
+        ("<answer>18 dollars a day.</answer>", "18", True),
+        ("<answer>1,234</answer>", "1234", True),
+        ("<answer>1234</answer>", "1,234", True),
+        ("<answer>1,234</answer>", "1", False),
+        ("<answer>-3</answer>", "3", False),
+        ("<answer>\\frac{36}{2}</answer>", "18", True),
+        ("so she has 9 left and makes 18", "18", True),
+        ("<answer>18 or 20</answer>", "18", False),
+        ("<answer></answer>18", "18", False),
+        ("", "18", False),
+    ],
+)
+def test_gsm8k_answers_are_read_as_a_person_reads_them(completion, answer, verdict):
+    assert is_correct("gsm8k", completion, answer) == verdict
+
+
+@pytest.mark.parametrize(
+    "result, answer, verdict",
+    [
+        ("\\dfrac{14}{3}", "\\frac{14}{3}", True),
+        ("14/3", "\\frac{14}{3}", True),
+        ("3\\sqrt{13}", "\\sqrt{117}", True),
+        ("(3,\\pi/2)", "\\left( 3, \\frac{\\pi}{2} \\right)", True),
+        ("-q+p", "p - q", True),
+        ("Evelyn", "\\text{Evelyn}", True),
+        ("4.67", "\\frac{14}{3}", False),
+        ("x^3", "3", False),
+        ("2x", "2", False),
+    ],
+)
+def test_math_answers_are_compared_as_mathematics(result, answer, verdict):
+    assert is_correct("math", f"<answer>\\boxed{{{result}}}</answer>", answer) == verdict
+
+
+def test_form_earns_half_a_point_for_each_pair_of_tags():
+    example = {"question": "?", "answer": "5"}
+    for completion, form in (
+        ("<think>2+3</think><answer>5</answer>", 1.0),
+        ("<answer>5</answer>", 0.5),
+        ("<think>5", 0.0),
+        ("</think>5<think>", 0.0),
+    ):
+        assert TASKS["gsm8k"].reward(completion, example, chat=True) == 3.0 + form
+        assert TASKS["gsm8k"].reward(completion, example | {"answer": "6"}, chat=True) == form
+        assert TASKS["gsm8k"].reward(completion, example) == 3.0
+
+
+@pytest.mark.parametrize(
+    "answer", ["9^{9^{9^{9}}}", "5!!!!!!!", "\\sum_{i=1}^{10^{10}} i", "(" * 199, "\ud800", "{" * 150]
+)
+def test_hostile_mathematics_is_wrong_within_seconds_and_does_no_harm(answer):
+    start = time.perf_counter()
+    assert not is_correct("math", f"<answer>{answer}</answer>", "3")
+    assert time.perf_counter() - start < 20  # the judge's limit, and a new judge after it
+    assert is_correct("math", "<answer>\\frac{6}{2}</answer>", "3")
+
+
+def test_a_megabyte_of_text_costs_milliseconds():
+    for text in ("x" * 10**6, "\\boxed{" * 10**5, "<answer>" * 10**5, "1," * 10**6):
+        start = time.perf_counter()
+        assert not is_correct("gsm8k", text, "3") and not is_correct("math", text, "3")
+        assert time.perf_counter() - start < 1
+
+
+def test_instruction_tuned_models_get_a_system_prompt_with_the_format_and_larger_numbers():
+    for name, task in CHAT_TASKS.items():
+        example = {"question": "?", "answer": "5"} if name in ("gsm8k", "math") else task.load("test")[0]
+        messages = task.messages(example)
+        assert messages[0]["role"] == "system" and "<think>" in messages[0]["content"]
+        assert "<answer>" in messages[0]["content"] and "{asked}" not in messages[0]["content"]
+        assert messages[-1] == {"role": "user", "content": task.question(example)}
+    countdown, sudoku = CHAT_TASKS["countdown"], CHAT_TASKS["sudoku"]
+    assert max(max(e["numbers"]) for e in countdown.load("test")) == 99 and len(countdown.load("train")) == 20000
+    assert all(set(e["puzzle"]) <= set("01234") for e in sudoku.load("test")) and len(sudoku.SHOTS) == 3
+    assert all(solutions(puzzle) == solutions(solution) for puzzle, solution in sudoku.SHOTS.items())
+
+
+def test_every_countdown_question_for_chat_has_an_answer():
+    def values(numbers):
+        if len(numbers) == 1:
+            return {numbers[0]}
+        found = set()
+        for i, j in itertools.permutations(range(len(numbers)), 2):
+            rest = [x for k, x in enumerate(numbers) if k not in (i, j)]
+            a, b = numbers[i], numbers[j]
+            for value in [a + b, a - b, a * b] + ([a / b] if b else []):
+                found |= values([*rest, value])
+        return found
+
+    for example in CHAT_TASKS["countdown"].load("test")[:200]:
+        assert example["target"] in values([Fraction(number) for number in example["numbers"]])
+
+
+def test_csv_keeps_the_leading_zeros_of_a_puzzle_and_parquet_that_lost_them_gets_them_back(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    example = next(e for e in SUDOKU.load("test") if e["puzzle"].startswith("0"))
+    (tmp_path / "a.csv").write_text(f"Puzzle,Solution\n{example['puzzle']},{example['solution']}\n")
+    columns = {"Puzzle": [int(example["puzzle"])], "Solution": [int(example["solution"])]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    for name in ("a.csv", "a.parquet"):
+        assert SUDOKU.read(str(tmp_path / name)) == [example]
+
+
+def test_a_data_file_is_divided_without_sharing_a_question(tmp_path):
+    rows = [{"question": f"{i % 60}?", "answer": f"#### {i}"} for i in range(100)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parts = [TASKS["gsm8k"].load(split, str(tmp_path / "a.jsonl")) for split in SPLITS]
+    questions = [{example["question"] for example in part} for part in parts]
+    assert sum(map(len, parts)) == 100 and len(set.union(*questions)) == sum(map(len, questions)) == 60
+    assert all(questions)
