@@ -292,21 +292,30 @@ def finish_what_was_begun():
 # -------------------------------------------------------------------------------------------------- logs
 
 
-def tracker(name, folder, settings):
-    """A function (step, metrics) that sends numbers to TensorBoard or Weights & Biases, or nowhere for name ""."""
-    if not name or rank() > 0:
-        return lambda step, metrics: None
-    try:
-        if name == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
+class Tracker:
+    """Called with (step, metrics), sends the numbers to TensorBoard or Weights & Biases, or nowhere for name ""."""
 
-            writer = SummaryWriter(str(folder))
-            return lambda step, metrics: [writer.add_scalar(k, v, step) for k, v in flat(metrics).items()]
-        import wandb
-    except ImportError as error:
-        raise ValueError(f"--tracker {name} needs {name}: pip install {name}") from error
-    run = wandb.init(project="agrpo", dir=str(folder), id=folder.name, resume="allow", config=settings)
-    return lambda step, metrics: run.log(flat(metrics), step=step)
+    def __init__(self, name, folder, settings):
+        self.log = self.close = lambda *_: None
+        if not name or rank() > 0:
+            return
+        try:
+            if name == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+
+                writer = SummaryWriter(str(folder))
+                self.log = lambda step, numbers: [writer.add_scalar(k, v, step) for k, v in numbers.items()]
+                self.close = writer.close
+            else:
+                import wandb
+
+                run = wandb.init(project="agrpo", dir=str(folder), id=folder.name, resume="allow", config=settings)
+                self.log, self.close = lambda step, numbers: run.log(numbers, step=step), run.finish
+        except ImportError as error:
+            raise ValueError(f"--tracker {name} needs {name}: pip install {name}") from error
+
+    def __call__(self, step, metrics):
+        self.log(step, flat(metrics))
 
 
 def flat(metrics):

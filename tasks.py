@@ -283,8 +283,8 @@ class ChatCountdown(Countdown):
         rng, examples = random.Random(SEED), {}
         while len(examples) < self.NUM_TRAIN + self.NUM_VALIDATION + self.NUM_TEST:
             numbers = rng.choices(range(1, self.MAX_NUMBER + 1), k=3)
-            value = evaluate(_expression(numbers, rng))
-            if value is not None and value.denominator == 1 and 1 <= value <= 100:
+            value = _random_value(numbers, rng)
+            if value.denominator == 1 and 1 <= value <= 100:
                 # One target per multiset: here the splits share no multiset either.
                 examples.setdefault(tuple(sorted(numbers)), {"numbers": numbers, "target": int(value)})
         return list(examples.values())
@@ -299,11 +299,14 @@ class ChatCountdown(Countdown):
         return {"numbers": numbers[:-1], "target": numbers[-1]}
 
 
-def _expression(numbers, rng):
-    """A random expression with each of three numbers once."""
-    a, b, c = rng.sample(numbers, 3)
-    first, second = rng.choices("+-*/", k=2)
-    return rng.choice([f"({a}{first}{b}){second}{c}", f"{a}{first}({b}{second}{c})"])
+def _random_value(numbers, rng):
+    """The value of a random expression with each of three numbers once; 0 where it would divide by zero."""
+    a, b, c = map(Fraction, rng.sample(numbers, 3))
+    first, second = rng.choices([*OPERATORS[0].values(), *OPERATORS[1].values()], k=2)
+    try:
+        return second(first(a, b), c) if rng.random() < 0.5 else first(a, second(b, c))
+    except ZeroDivisionError:
+        return Fraction(0)
 
 
 def _sums(numbers):

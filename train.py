@@ -12,21 +12,18 @@ it again. Reading order: RunConfig, policy_gradient, reinforce, pretrain, grade,
 defaults that --help shows.
 """
 
-import argparse
 import copy
-import dataclasses
 import hashlib
 import inspect
 import json
 import math
 import os
 import random
-import re
 import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -36,232 +33,7 @@ import agrpo
 import runs
 import tasks
 import tiny_dllm
-from agrpo import AGRPOConfig
-
-# ------------------------------------------------------------------------------------------------ settings
-
-
-@dataclass
-class RunConfig:
-    """What a run does; the comments are its --help. Model and task override some defaults in PRESETS."""
-
-    task: str = "countdown"  # countdown | sudoku | gsm8k | math
-    model: str = "tiny"  # tiny: trained from scratch here | llada | hub id or folder of LLaDA's structure, or LoRA
-    revision: str = ""  # commit, tag or branch on the hub; empty: the pinned one, or the newest
-    data: str = ""  # questions from this JSONL, CSV or parquet file instead of the hub or the generator
-    seed: int = 0  # of everything random
-    out: str = ""  # folder of the run; empty: runs/TASK-seedSEED, numbered if taken
-    max_steps: int = 600  # policy-gradient updates
-    learning_rate: float = 5e-4  # peak, AdamW
-    schedule: str = "linear"  # linear: ten updates of warm-up, last fifth to zero | cosine: warm-up of 1%
-    weight_decay: float = 0.0  # of AdamW
-    adam_beta2: float = 0.999  # the gradient is mostly noise: a long memory of its square helps the tiny model
-    gradient_clip: float = 0.2  # largest norm of the gradient
-    prompts_per_step: int = 32  # prompts per update over all processes, each with num_generations completions
-    tokens_per_pass: int = 5120  # per forward and backward pass, prompts included: lower it if memory runs out
-    gradient_checkpointing: bool = False  # store one activation per layer, compute the rest again: less memory
-    lora_rank: int = 0  # train a LoRA adapter of this rank; 0: train all weights (in float32)
-    lora_alpha: int = 64  # the adapter is scaled by alpha / rank
-    base_steps: int = 3000  # tiny: supervised updates of the base model
-    base_noise: float = 0.0  # tiny: share of the tokens of worked examples that are replaced by random ones
-    base_learning_rate: float = 2e-3  # tiny: peak, AdamW, cosine to zero over base_steps
-    base_batch: int = 64  # tiny: worked examples per supervised update
-    eval_every: int = 75  # updates between two validations
-    eval_steps: tuple[int, ...] = (1, 2, 4, 8)  # numbers of sampling steps in the final table
-    eval_policies: tuple[str, ...] = ("sampled", "greedy")  # as trained, and low-confidence at temperature 0
-    eval_length: int = 0  # completion_length of evaluations; 0: as trained
-    eval_block: int = 0  # block_length of evaluations; 0: as trained
-    eval_split: str = "test"  # test | validation: questions of the report; validation while choosing settings
-    eval_prompts: int = 1000  # at most this many of them; 0: all
-    save_every: int = 50  # updates between two checkpoints; one is also written at Ctrl-C and SIGTERM
-    tracker: str = ""  # tensorboard | wandb
-    resume: str = ""  # folder of an unfinished run: continue it
-    evaluate: str = ""  # folder of a finished run, or a model: measure it, or answer --prompt, instead of training
-    prompt: str = ""  # with --evaluate: one question to answer
-    save_completions: bool = False  # with --evaluate: write every prompt, completion and verdict
-
-
-TINY = {  # the shape of the tiny model
-    "countdown": {"d_model": 64, "n_layers": 3, "n_heads": 2, "mlp_hidden_size": 128, "rope_theta": 30.0},
-    "sudoku": {"d_model": 64, "n_layers": 4, "n_heads": 4, "mlp_hidden_size": 128, "rope_theta": 100.0},
-}
-LLADA = {  # what the AGRPO authors publish for GSM8K; from max_steps on ours, for one GPU of 80 GB
-    "completion_length": 384,
-    "block_length": 12,
-    "sampling_steps": 128,
-    "temperature": 0.6,
-    "top_k": 150,
-    "top_p": 0.99,
-    "mc_samples": 24,
-    "importance_sampling": "entropy",
-    "prompts_per_step": 16,
-    "learning_rate": 5e-6,
-    "schedule": "cosine",
-    "weight_decay": 0.01,
-    "adam_beta2": 0.99,
-    "gradient_clip": 1.0,
-    "lora_rank": 64,
-    "eval_length": 256,
-    "eval_block": 32,
-    "eval_steps": (128,),
-    "max_steps": 500,
-    "tokens_per_pass": 16384,
-    "gradient_checkpointing": True,
-    "eval_every": 50,
-    "eval_prompts": 256,
-    "save_every": 10,
-}
-PRESETS = {
-    ("tiny", "countdown"): {"completion_length": 8, "sampling_steps": 2, "mc_samples": 2},
-    ("tiny", "sudoku"): {
-        "completion_length": 16,
-        "sampling_steps": 8,
-        "mc_samples": 4,
-        "importance_sampling": "entropy",
-        "base_steps": 600,
-        "base_noise": 0.12,
-        "base_batch": 128,
-        "base_learning_rate": 3e-3,
-        "max_steps": 250,
-        "tokens_per_pass": 8448,
-        "eval_every": 50,
-        "eval_steps": (4, 8, 16),
-    },
-    ("llada", "gsm8k"): LLADA,
-    ("llada", "math"): LLADA,
-    ("llada", "countdown"): LLADA | {"completion_length": 128, "block_length": 16},
-    ("llada", "sudoku"): LLADA | {"completion_length": 256, "block_length": 16},
-}
-HUB_IDS = {"llada": "GSAI-ML/LLaDA-8B-Instruct"}  # short names for --model
-RESUMABLE = {"resume", "tokens_per_pass", "save_every", "tracker"}  # all that --resume lets one change
-
-
-def parse_arguments(argv):
-    """argv -> (RunConfig, AGRPOConfig). Flags, types and help are those of the dataclasses; misuse exits with 2."""
-    parser = argparse.ArgumentParser(
-        prog="train.py",
-        usage="python train.py [--flag value ...]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    defaults, stored = defaults_for(argv)
-    for cls, title in ((RunConfig, "the run"), (AGRPOConfig, "the algorithm (agrpo.py)")):
-        group, help_of = parser.add_argument_group(title), comments(cls)
-        for field in dataclasses.fields(cls):
-            add_flag(group, field, defaults.get(field.name, field.default), help_of[field.name])
-    flags = vars(parser.parse_args(argv))
-    try:
-        for name in stored.keys() & flags.keys() - RESUMABLE if flags["resume"] else ():
-            if flags[name] != stored[name]:
-                raise ValueError(f"--{name.replace('_', '-')} cannot change in a run that is resumed")
-        run_config, config = (
-            cls(**{f.name: flags[f.name] for f in dataclasses.fields(cls)}) for cls in (RunConfig, AGRPOConfig)
-        )
-        check(run_config, config)
-    except ValueError as error:
-        parser.error(str(error))
-    return run_config, config
-
-
-def defaults_for(argv):
-    """Defaults that the other flags decide: a run's own settings for --resume and --evaluate RUN, else PRESETS.
-
-    Returns (defaults, the settings stored in the run or {})."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog="train.py")
-    for name in ("task", "model", "resume", "evaluate"):
-        first.add_argument("--" + name, default="")
-    chosen = first.parse_known_args(argv)[0]
-    folder = chosen.resume or chosen.evaluate
-    if settings := runs.read_settings(folder) if folder else None:
-        stored = settings["run"] | settings["algorithm"]
-        stored = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
-        defaults = dict(stored)
-    else:
-        model = chosen.model or chosen.evaluate or RunConfig.model
-        kind = model if model == "tiny" else "llada"
-        defaults, stored = PRESETS.get((kind, chosen.task or RunConfig.task), {}) | {"model": model}, {}
-    if chosen.evaluate:
-        defaults |= {"eval_policies": ("greedy",), "eval_prompts": 0, "out": ""}
-    return defaults, stored
-
-
-def comments(cls):
-    """{field: the comment beside it}: what the reader of the code sees is what the user of --help sees."""
-    return dict(re.findall(r"^    (\w+):[^#\n]*# (.*)$", inspect.getsource(cls), re.MULTILINE))
-
-
-def add_flag(group, field, default, text):
-    """One field of a dataclass as one flag of its type, its default at the end of its help."""
-    kind = {"int | None": int, "tuple[int, ...]": int, "tuple[str, ...]": str}.get(str(field.type), field.type)
-    flag, text = "--" + field.name.replace("_", "-"), text.replace("%", "%%")
-    if kind is bool:
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
-        return
-    several = isinstance(field.default, tuple)
-    shown = " ".join(map(str, default)) if several else default
-    group.add_argument(
-        flag,
-        type=kind,
-        default=default,
-        nargs="+" if several else None,
-        metavar=kind.__name__.upper(),
-        help=text + (f" [{shown}]" if shown not in ("", None) else ""),
-    )
-
-
-def check(run_config, config):
-    """Combinations that no single dataclass can see. Raises ValueError."""
-    allowed = {
-        "task": tuple(TINY) if run_config.model == "tiny" else tuple(tasks.TASKS),
-        "schedule": ("linear", "cosine"),
-        "eval_split": ("test", "validation"),
-        "tracker": ("", "tensorboard", "wandb"),
-    }
-    for name, values in allowed.items():
-        if getattr(run_config, name) not in values:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(run_config, name)}: choose from {', '.join(values)}")
-    if not run_config.eval_policies or not set(run_config.eval_policies) <= {"sampled", "greedy"}:
-        raise ValueError("--eval-policies: sampled, greedy or both")
-    if run_config.model == "tiny" and (run_config.lora_rank or run_config.data):
-        raise ValueError("--lora-rank and --data need a pretrained --model: the tiny one is trained from scratch here")
-    if run_config.evaluate and run_config.resume:
-        raise ValueError("--resume continues training, --evaluate measures: choose one")
-    for name in ("prompt", "save_completions"):
-        if getattr(run_config, name) and not run_config.evaluate:
-            raise ValueError(f"--{name.replace('_', '-')} needs --evaluate RUN: which model should answer?")
-    if config.unmasking == "low_confidence" or config.temperature == 0:
-        raise ValueError("--unmasking low_confidence and --temperature 0 are for evaluation, which uses them anyway")
-    check_numbers(run_config)
-    needed = tasks.TASKS[run_config.task].completion_length
-    if run_config.model == "tiny" and config.completion_length < needed:
-        raise ValueError(f"--completion-length {config.completion_length}: answers to {run_config.task} need {needed}")
-    for steps in run_config.eval_steps if run_config.evaluate else (*run_config.eval_steps, config.sampling_steps):
-        try:
-            evaluated(run_config, config, steps)
-        except ValueError as error:
-            raise ValueError(f"--eval-steps {steps}: {error}") from error
-
-
-def check_numbers(run_config):
-    """Ranges of the numbers of a RunConfig. Raises ValueError."""
-    at_least_1 = ("prompts_per_step", "tokens_per_pass", "lora_alpha", "base_batch", "eval_every")
-    at_least_0 = ("max_steps", "base_steps", "lora_rank", "eval_length", "eval_block", "eval_prompts")
-    for names, least in (((*at_least_1, "save_every"), 1), (at_least_0, 0)):
-        for name in names:
-            if getattr(run_config, name) < least:
-                problem = "must be at least 1" if least else "must not be negative"
-                raise ValueError(f"--{name.replace('_', '-')} {problem}")
-    for name in ("learning_rate", "base_learning_rate", "gradient_clip"):
-        if not 0 < getattr(run_config, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} must be positive and finite")
-    if not 0 <= run_config.base_noise <= 1:
-        raise ValueError(f"--base-noise {run_config.base_noise}: in [0, 1]")
-    if not 0 <= run_config.weight_decay < math.inf:
-        raise ValueError(f"--weight-decay {run_config.weight_decay}: not negative, and finite")
-    if not 0 <= run_config.adam_beta2 < 1:
-        raise ValueError(f"--adam-beta2 {run_config.adam_beta2}: in [0, 1)")
-
+from settings import HUB_IDS, TINY, evaluated, parse_arguments
 
 # ------------------------------------------------------------------------------------------- models and text
 
@@ -334,12 +106,6 @@ def streams(seed, purpose):
 def greedy(config):
     """The policy that is served: in every step the likeliest tokens of all, no randomness."""
     return replace(config, unmasking="low_confidence", temperature=0.0, top_k=None, top_p=1.0)
-
-
-def evaluated(run_config, config, steps):
-    """The policy that reports measure: that of training, at another length, block and number of steps if asked."""
-    length, block = run_config.eval_length or config.completion_length, run_config.eval_block or config.block_length
-    return replace(config, completion_length=length, block_length=block, sampling_steps=steps)
 
 
 def grade(model, tokenizer, task, examples, config, run_config, bar=None):
@@ -473,7 +239,7 @@ def reinforce(model, run_config, config, task, tokenizer, folder, started):
     seconds that the run had taken before it was resumed."""
     rng, generator = streams(run_config.seed, "reinforce")
     train, validation = (task.load(split, run_config.data) for split in ("train", "validation"))
-    validation = some(validation, run_config)
+    train, validation = allowed(train, task, run_config), some(validation, run_config)
     parameters = list(runs.trainable(model).values())
     optimizer = torch.optim.AdamW(
         parameters, betas=(0.9, run_config.adam_beta2), weight_decay=run_config.weight_decay, fused=True
@@ -481,7 +247,7 @@ def reinforce(model, run_config, config, task, tokenizer, folder, started):
     reference = frozen_copy(model) if config.beta > 0 else None
     done, seconds_before = runs.load_checkpoint(folder, model, optimizer, rng, generator)
     history = runs.from_first(lambda: runs.rewind_metrics(folder / "metrics.jsonl", done))
-    track = runs.tracker(run_config.tracker, folder, asdict(run_config) | asdict(config))
+    track = runs.Tracker(run_config.tracker, folder, asdict(run_config) | asdict(config))
     steps = tqdm(
         range(done, run_config.max_steps),
         desc="AGRPO",
@@ -508,7 +274,17 @@ def reinforce(model, run_config, config, task, tokenizer, folder, started):
                 runs.save_checkpoint(folder, step + 1, elapsed, model, optimizer, rng, generator)
             if stopped:
                 raise KeyboardInterrupt
+    track.close()
     return history, seconds_before
+
+
+def allowed(examples, task, run_config):
+    """The examples without those that --exclude holds back for a later test."""
+    held = {task.key(example) for example in task.read(run_config.exclude)} if run_config.exclude else set()
+    kept = [example for example in examples if task.key(example) not in held]
+    if not kept:
+        raise ValueError(f"--exclude {run_config.exclude} leaves nothing to train on")
+    return kept
 
 
 def frozen_copy(model):
@@ -719,7 +495,7 @@ def save_model(model, tokenizer, path):
 
 
 def main(argv=None):
-    run_config, config = parse_arguments(argv)
+    run_config, config = parse_arguments(argv, __doc__)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         evaluate(run_config, config) if run_config.evaluate else run(run_config, config)

@@ -31,7 +31,7 @@ def data(tmp_path_factory):
     with open(folder / "sudoku.csv", "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["Puzzle", "Solution"])
-        rows.writerows([e["puzzle"], e["solution"]] for e in CHAT_TASKS["sudoku"].load("test")[:60])
+        rows.writerows([e["puzzle"], e["solution"]] for e in CHAT_TASKS["sudoku"].load("test")[:40])
     return {
         "gsm8k": write_jsonl(folder / "gsm8k.jsonl", gsm8k),
         "math": write_jsonl(folder / "math.jsonl", math),
@@ -85,6 +85,17 @@ def test_training_every_weight_and_continuing_an_adapter(llada_folder, tmp_path)
     assert train.main([*common, "--beta", "0.1", "--out", str(tmp_path / "more")]) == 0
     stored = json.loads((tmp_path / "more" / "model" / "adapter_config.json").read_text())
     assert stored["base_model_name_or_path"] == str(llada_folder)
+
+
+def test_grids_of_a_later_test_can_be_kept_out_of_training(llada_folder, data):
+    run_config, _ = train.parse_arguments(
+        ["--model", str(llada_folder), "--task", "sudoku", "--exclude", data["sudoku"]]
+    )
+    task = CHAT_TASKS["sudoku"]
+    held = {example["solution"] for example in task.read(data["sudoku"])}
+    examples = task.load("test")  # 60 grids, of which the file has some
+    kept = train.allowed(examples, task, run_config)
+    assert kept and len(kept) < len(examples) and not held & {example["solution"] for example in kept}
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from conftest import EOS, MASK, VOCAB, gradient, make_config, make_rollout
 
 import agrpo
 import runs
+import train
 from tiny_dllm import Config, MaskedDiffusionLM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,16 +73,24 @@ SHORT = (
 )
 
 
-def test_a_run_with_two_processes_leaves_one_folder_and_grades_every_answer_once(tmp_path):
+def json_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_two_processes_leave_one_folder_and_grade_every_answer_against_its_own_question(tmp_path):
     arguments = [*SHORT.split(), "--max-steps", 2, "--eval-every", 1, "--eval-prompts", 25, "--out", tmp_path / "run"]
     result = torchrun(["train.py", *arguments])
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("done in") == 1
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2]
+    assert [row["step"] for row in json_lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert all((x * 25) % 1 < 1e-9 or (x * 25) % 1 > 1 - 1e-9 for x in summary["final"].values())
+    assert set(summary["final"]) == {"sampled", "greedy"}
     assert json.loads((tmp_path / "run" / "config.json").read_text())["processes"] == 2
+    evaluation = ["--evaluate", tmp_path / "run", "--save-completions", "--eval-prompts", 25]
+    assert torchrun(["train.py", *evaluation, "--out", tmp_path / "two"]).returncode == 0
+    assert train.main([*map(str, evaluation), "--out", str(tmp_path / "one")]) == 0
+    two, one = (json_lines(tmp_path / name / "completions-sudoku.jsonl") for name in ("two", "one"))
+    assert len(one) == 25 and [row.pop("seconds") for row in (*one, *two)] and two == one
 
 
 def test_a_dying_process_ends_the_run_with_a_message(tmp_path):

@@ -65,7 +65,6 @@ def uninterrupted(runs_folder):
 
 MOMENTS = {  # what is called when the process dies, which call of it, before or after it is done
     "base model": ("tiny_dllm.diffusion_loss", 20, True),
-    "rollout": ("agrpo.rollout", 5, True),
     "line written, no checkpoint yet": ("runs.append_line", 3, False),
     "between the files of a save": ("safetensors.torch.save_file", 4, False),
     "after a save, before the older one is removed": ("runs.checkpoints", 3, True),
