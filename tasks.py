@@ -294,8 +294,8 @@ class ChatCountdown(Countdown):
 
     def parse_question(self, text):
         numbers = [int(number) for number in re.findall("[0-9]{1,9}", text)]
-        if text.count("=") != 1 or len(numbers) < 3:
-            raise ValueError(f"{text[:40]!r} is not numbers, '=' and a target; a valid question is '3 12 7 = 16'")
+        if len(numbers) < 3:
+            raise ValueError(f"{text[:40]!r} is not numbers and a target; a valid question is '3 12 7 = 16'")
         return {"numbers": numbers[:-1], "target": numbers[-1]}
 
 
@@ -470,6 +470,9 @@ class ChatSudoku(Sudoku):
 
     def question(self, example):
         return f"Puzzle: {example['puzzle']}"
+
+    def parse_question(self, text):
+        return super().parse_question(text.removeprefix("Puzzle:"))
 
     def messages(self, example):
         system, question = super().messages(example)

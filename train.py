@@ -19,6 +19,7 @@ import json
 import math
 import os
 import random
+import shlex
 import shutil
 import signal
 import sys
@@ -108,7 +109,7 @@ def greedy(config):
     return replace(config, unmasking="low_confidence", temperature=0.0, top_k=None, top_p=1.0)
 
 
-def grade(model, tokenizer, task, examples, config, run_config, bar=None):
+def grade(model, tokenizer, task, examples, config, run_config, description):
     """Answer every example once and judge each answer against its own example; processes share the work.
 
     Returns dicts in the order of the examples: prompt, completion, correct, length (tokens other than <eos>), seconds.
@@ -117,18 +118,19 @@ def grade(model, tokenizer, task, examples, config, run_config, bar=None):
     mine = range(runs.rank(), len(examples), runs.processes())
     ids, mask = encode(tokenizer, task, [examples[i] for i in mine or [0]], next(model.parameters()).device)
     records = {}
-    for chunk in torch.arange(len(mine)).split(rows_per_pass(run_config, ids, config)):
-        started = time.perf_counter()
-        width = int(mask[chunk].sum(1).max())  # no column of padding alone
-        run = agrpo.rollout(model, ids[chunk, -width:], mask[chunk, -width:], config, generator)
-        answers = decode(tokenizer, run.completion_ids)
-        lengths = (run.completion_ids != model.eos_token_id).sum(1).tolist()
-        seconds = (time.perf_counter() - started) / len(chunk)
-        for j, answer, length in zip(chunk.tolist(), answers, lengths):
-            example = examples[mine[j]]
-            verdict = {"correct": task.is_correct(answer, example), "length": length, "seconds": seconds}
-            records[mine[j]] = {"prompt": task.question(example), "completion": answer} | verdict
-        if bar is not None:
+    # A bar where it takes more than two seconds.
+    with tqdm(total=len(mine), desc=description, leave=False, delay=2, disable=runs.rank() > 0) as bar:
+        for chunk in torch.arange(len(mine)).split(rows_per_pass(run_config, ids, config)):
+            started = time.perf_counter()
+            width = int(mask[chunk].sum(1).max())  # no column of padding alone
+            run = agrpo.rollout(model, ids[chunk, -width:], mask[chunk, -width:], config, generator)
+            answers = decode(tokenizer, run.completion_ids)
+            lengths = (run.completion_ids != model.eos_token_id).sum(1).tolist()
+            seconds = (time.perf_counter() - started) / len(chunk)
+            for j, answer, length in zip(chunk.tolist(), answers, lengths):
+                example = examples[mine[j]]
+                verdict = {"correct": task.is_correct(answer, example), "length": length, "seconds": seconds}
+                records[mine[j]] = {"prompt": task.question(example), "completion": answer} | verdict
             bar.update(len(chunk))
     merged = {i: record for part in runs.gather(records) for i, record in part.items()}
     return [merged[i] for i in range(len(examples))]
@@ -138,26 +140,22 @@ def mean(records, name):
     return sum(record[name] for record in records) / len(records)
 
 
-def accuracies(model, tokenizer, task, examples, config, run_config, bar=None):
+def accuracies(model, tokenizer, task, examples, config, run_config, description):
     """Share of correct answers {"sampled": under the policy that is trained, "greedy": under greedy(config)}."""
     policies = {"sampled": config, "greedy": greedy(config)}
     return {
-        name: mean(grade(model, tokenizer, task, examples, policies[name], run_config, bar), "correct")
+        name: mean(grade(model, tokenizer, task, examples, policies[name], run_config, description), "correct")
         for name in run_config.eval_policies
     }
 
 
 def by_sampling_steps(model, tokenizer, task, run_config, config, examples):
     """{steps: accuracies} for the steps trained with and every entry of --eval-steps."""
-    several = sorted({*run_config.eval_steps, config.sampling_steps})
-    total = len(several) * len(examples[runs.rank() :: runs.processes()]) * len(run_config.eval_policies)
-    with tqdm(total=total, desc="testing", leave=False, disable=runs.rank() > 0) as bar:
-        return {
-            str(steps): accuracies(
-                model, tokenizer, task, examples, evaluated(run_config, config, steps), run_config, bar
-            )
-            for steps in several
-        }
+    table = {}
+    for steps in sorted({*run_config.eval_steps, config.sampling_steps}):
+        policy, description = evaluated(run_config, config, steps), f"testing, {steps} steps"
+        table[str(steps)] = accuracies(model, tokenizer, task, examples, policy, run_config, description)
+    return table
 
 
 def rows_per_pass(run_config, prompt_ids, config):
@@ -263,7 +261,7 @@ def reinforce(model, run_config, config, task, tokenizer, folder, started):
             metrics |= update(model, prompts, optimizer, run_config, config, task, tokenizer, generator, reference)
             if (step + 1) % run_config.eval_every == 0:
                 policy = evaluated(run_config, config, config.sampling_steps)
-                metrics["validation"] = accuracies(model, tokenizer, task, validation, policy, run_config)
+                metrics["validation"] = accuracies(model, tokenizer, task, validation, policy, run_config, "validating")
             history.append(metrics)
             runs.append_line(folder / "metrics.jsonl", metrics)
             track(step + 1, metrics)
@@ -395,9 +393,8 @@ def show(folder, model, tokenizer, task, run_config, config, questions, history,
     print(f"\na {run_config.eval_split} question, answered by the trained model:")
     policy = evaluated(run_config, config, config.sampling_steps)
     answer(model, tokenizer, task, questions[0], policy, run_config.seed)
-    print(
-        f"\n{picture}\nask it yourself: python train.py --evaluate {folder} --prompt {task.question(questions[-1])!r}"
-    )
+    question = shlex.quote(" ".join(task.question(questions[-1]).split()))
+    print(f"\n{picture}\nask it yourself: python train.py --evaluate {folder} --prompt {question}")
     if history and not any(metrics["signal"] for metrics in history):
         print("nothing was learnt: no two answers to a question ever differed in reward; try more --base-steps")
     changes = [f"{kind} {summary['base'][kind]:.1%} -> {summary['final'][kind]:.1%}" for kind in summary["base"]]
@@ -435,10 +432,8 @@ def evaluate(run_config, config):
 def evaluate_once(model, tokenizer, task, questions, steps, policy, run_config, config, folder):
     """One row of the evaluation table; its completions into completions-TASK.jsonl if asked."""
     sampled = evaluated(run_config, config, steps)
-    share = len(questions[runs.rank() :: runs.processes()])
-    with tqdm(total=share, desc=f"{steps} steps, {policy}", leave=False, disable=runs.rank() > 0) as bar:
-        chosen = sampled if policy == "sampled" else greedy(sampled)
-        records = grade(model, tokenizer, task, questions, chosen, run_config, bar)
+    chosen = sampled if policy == "sampled" else greedy(sampled)
+    records = grade(model, tokenizer, task, questions, chosen, run_config, f"{steps} steps, {policy}")
     if run_config.save_completions and runs.rank() == 0:
         first = steps == run_config.eval_steps[0] and policy == run_config.eval_policies[0]
         path = folder / f"completions-{run_config.task}.jsonl"

@@ -16,8 +16,8 @@ def test_the_example_learns_the_answer_it_says(capsys):
 
 
 def test_every_train_command_is_accepted():
-    commands = re.findall(r"python (train\.py[^`\n]*)", README)
-    assert len(commands) >= 3
+    commands = re.findall(r"(?:python|torchrun[^`\n]*?) (train\.py[^`\n]*)", README)
+    assert len(commands) >= 12
     for command in commands:
         train.parse_arguments(shlex.split(command.partition("#")[0])[1:])
 
@@ -30,7 +30,7 @@ def test_every_file_it_links_exists():
 
 def test_the_line_counts_are_about_right():
     rows = re.findall(r"^\| \[([\w/]+\.py)\]\([^)]*\) \| (\d+) \|", README, re.MULTILINE)
-    assert len(rows) == 6
+    assert len(rows) == 8
     for name, count in rows:
         actual = len((Path(train.__file__).parent / name).read_text().splitlines())
         assert abs(actual - int(count)) <= 0.05 * actual, (name, actual)

@@ -340,6 +340,8 @@ def test_instruction_tuned_models_get_a_system_prompt_with_the_format_and_larger
         assert messages[0]["role"] == "system" and "<think>" in messages[0]["content"]
         assert "<answer>" in messages[0]["content"] and "{asked}" not in messages[0]["content"]
         assert messages[-1] == {"role": "user", "content": task.question(example)}
+        if name in ("countdown", "sudoku"):  # what a run suggests to ask
+            assert task.parse_question(" ".join(task.question(example).split())) == example
     countdown, sudoku = CHAT_TASKS["countdown"], CHAT_TASKS["sudoku"]
     assert max(max(e["numbers"]) for e in countdown.load("test")) == 99 and len(countdown.load("train")) == 20000
     assert all(set(e["puzzle"]) <= set("01234") for e in sudoku.load("test")) and len(sudoku.SHOTS) == 3
