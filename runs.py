@@ -7,6 +7,8 @@ been.
 """
 
 import contextlib
+import hashlib
+import itertools
 import json
 import math
 import os
@@ -14,6 +16,7 @@ import platform
 import shutil
 import signal
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -30,6 +33,14 @@ def start_processes(device_type):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
     return torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
+
+
+def leave(message, code):
+    """Say why, and end. Among several processes at once: the others may wait for this one, and torchrun ends them."""
+    print(message, file=sys.stderr, flush=True)
+    if processes() > 1:
+        os._exit(code)
+    return code
 
 
 def stop_processes():
@@ -103,10 +114,8 @@ def in_one_line(error, run_config):
     """What went wrong, for a person: no traceback, and for want of memory the flag to lower."""
     text = " ".join(str(error).split())
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
-        passes = run_config.tokens_per_pass
-        return (
-            f"out of memory: lower --tokens-per-pass (now {passes}), or use --gradient-checkpointing; with --resume too"
-        )
+        also = "" if run_config.gradient_checkpointing else ", or use --gradient-checkpointing"
+        return f"out of memory: lower --tokens-per-pass (now {run_config.tokens_per_pass}){also}; with --resume too"
     if processes() > 1:
         return f"process {rank()} of {processes()} ends: {text}"
     return text or type(error).__name__
@@ -131,10 +140,11 @@ def new_folder(out, name):
         if (folder / "config.json").exists():
             raise ValueError(f"{folder} already holds a run: --resume {folder}, choose another --out, or remove it")
     else:
-        folder, i = Path("runs") / name, 1
-        while folder.exists():
-            i += 1
-            folder = Path("runs") / f"{name}-{i}"
+        for i in itertools.count(1):
+            folder = Path("runs") / (f"{name}-{i}" if i > 1 else name)
+            with contextlib.suppress(FileExistsError):  # taken, perhaps by a run that starts just now
+                folder.mkdir(parents=True)
+                return folder
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -230,7 +240,10 @@ def load_checkpoint(folder, model, optimizer, rng, generator):
     """Restore the newest checkpoint in place; returns (step, seconds), (0, 0) without one."""
     from safetensors.torch import load_file
 
-    if not (found := checkpoints(folder)):
+    found = checkpoints(folder)
+    if len(set(gather(found[-1].name if found else None))) > 1:
+        raise ValueError(f"{folder} must be one folder that all nodes see: they find different checkpoints in it")
+    if not found:
         return 0, 0.0
     path = found[-1]
     try:
@@ -293,29 +306,37 @@ def finish_what_was_begun():
 
 
 class Tracker:
-    """Called with (step, metrics), sends the numbers to TensorBoard or Weights & Biases, or nowhere for name ""."""
+    """Called with (step, metrics), sends the numbers to TensorBoard or Weights & Biases, or nowhere for name "".
 
-    def __init__(self, name, folder, settings):
+    `done` updates were made before the run was resumed: what was sent of later ones is sent again, not doubled."""
+
+    def __init__(self, name, folder, settings, done):
         self.log = self.close = lambda *_: None
-        if not name or rank() > 0:
-            return
-        try:
-            if name == "tensorboard":
-                from torch.utils.tensorboard import SummaryWriter
+        if name == "tensorboard" and rank() == 0:
+            from torch.utils.tensorboard import SummaryWriter
 
-                writer = SummaryWriter(str(folder))
-                self.log = lambda step, numbers: [writer.add_scalar(k, v, step) for k, v in numbers.items()]
-                self.close = writer.close
-            else:
-                import wandb
+            writer = SummaryWriter(str(folder), purge_step=done + 1)
+            self.log = lambda step, numbers: [writer.add_scalar(k, v, step) for k, v in numbers.items()]
+            self.close = writer.close
+        elif name == "wandb" and rank() == 0:
+            import wandb
 
-                run = wandb.init(project="agrpo", dir=str(folder), id=folder.name, resume="allow", config=settings)
-                self.log, self.close = lambda step, numbers: run.log(numbers, step=step), run.finish
-        except ImportError as error:
-            raise ValueError(f"--tracker {name} needs {name}: pip install {name}") from error
+            # The folder's whole path: every checkout may have a runs/countdown-seed0.
+            key = f"{folder.name}-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]}"
+            try:
+                run = wandb.init(project="agrpo", dir=str(folder), id=key, resume="allow", config=settings)
+            except Exception as error:  # its own kinds: no login, no network
+                raise ValueError(f"--tracker wandb: {error}") from error
+            self.log, self.close = lambda step, numbers: run.log(numbers, step=step), run.finish
 
     def __call__(self, step, metrics):
         self.log(step, flat(metrics))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
 
 def flat(metrics):
@@ -353,7 +374,7 @@ def print_trajectory(run, tokenizer, row=0, states=9):
 
     taken = int(run.steps_taken[row])
     for t in range(0, taken, max(1, taken // states)):
-        seen = run.state_at(torch.full((len(run.unmask_step),), t))[row, run.prompt_ids.shape[1] :]
+        seen = run.state_at(run.unmask_step.new_full((len(run.unmask_step),), t))[row, run.prompt_ids.shape[1] :]
         print(f"    before step {t}".ljust(20) + text(seen.tolist()))
     print(f"    finished        {text(run.completion_ids[row].tolist())}")
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib.util
 import inspect
 import math
 import re
@@ -105,7 +106,7 @@ PRESETS = {
     ("llada", "sudoku"): LLADA | {"completion_length": 256, "block_length": 16},
 }
 HUB_IDS = {"llada": "GSAI-ML/LLaDA-8B-Instruct"}  # short names for --model
-RESUMABLE = {"resume", "tokens_per_pass", "save_every", "tracker"}  # all that --resume lets one change
+RESUMABLE = {"resume", "tokens_per_pass", "gradient_checkpointing", "save_every", "tracker"}  # may change on --resume
 
 
 def parse_arguments(argv, description=None):
@@ -114,7 +115,7 @@ def parse_arguments(argv, description=None):
         prog="train.py",
         usage="python train.py [--flag value ...]",
         description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32),
         allow_abbrev=False,
     )
     defaults, stored = defaults_for(argv)
@@ -150,9 +151,9 @@ def defaults_for(argv):
         stored = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
         defaults = dict(stored)
     else:
-        model = chosen.model or chosen.evaluate or RunConfig.model
+        model, task = chosen.model or chosen.evaluate or RunConfig.model, chosen.task or RunConfig.task
         kind = model if model == "tiny" else "llada"
-        defaults, stored = PRESETS.get((kind, chosen.task or RunConfig.task), {}) | {"model": model}, {}
+        defaults, stored = PRESETS.get((kind, task), {}) | {"model": model, "task": task}, {}
     if chosen.evaluate:
         defaults |= {"eval_policies": ("greedy",), "eval_prompts": 0, "out": ""}
     return defaults, stored
@@ -168,7 +169,8 @@ def add_flag(group, field, default, text):
     kind = {"int | None": int, "tuple[int, ...]": int, "tuple[str, ...]": str}.get(str(field.type), field.type)
     flag, text = "--" + field.name.replace("_", "-"), text.replace("%", "%%")
     if kind is bool:
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
+        shown = f"{text} [{'yes' if default else 'no'}]"
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=shown)
         return
     several = isinstance(field.default, tuple)
     shown = " ".join(map(str, default)) if several else default
@@ -203,6 +205,8 @@ def check(run_config, config):
         raise ValueError("--eval-policies: sampled, greedy or both")
     if run_config.model == "tiny" and (run_config.lora_rank or run_config.data or run_config.exclude):
         raise ValueError("--lora-rank, --data and --exclude need a pretrained --model: tiny generates its own")
+    if run_config.tracker and importlib.util.find_spec(run_config.tracker) is None:
+        raise ValueError(f"--tracker {run_config.tracker} needs {run_config.tracker}: pip install {run_config.tracker}")
     if run_config.evaluate and run_config.resume:
         raise ValueError("--resume continues training, --evaluate measures: choose one")
     for name in ("prompt", "save_completions"):

@@ -25,6 +25,7 @@ import os
 import random
 import re
 import select
+import signal
 import subprocess
 import sys
 from fractions import Fraction
@@ -59,14 +60,20 @@ class Task:
 
     def read(self, path):
         """All examples of a local JSONL, CSV or parquet file. A malformed row raises ValueError with file and line."""
-        return [self._checked(row, where) for where, row in read_rows(path)]
+        examples = [self._checked(row, where) for where, row in read_rows(path)]
+        if not examples:
+            raise ValueError(f"{path} holds no questions")
+        return examples
+
+    def prepare(self):
+        """Start, or miss, whatever judging answers needs, before hours are spent on them."""
 
     def _checked(self, row, where):
         try:
             return self._from_row(row)
         except KeyError as error:
             raise ValueError(f"{where}: there is no column {error} among {', '.join(map(str, row))}") from error
-        except (AttributeError, TypeError, ValueError, IndexError) as error:
+        except (ArithmeticError, AttributeError, TypeError, ValueError, IndexError) as error:
             raise ValueError(f"{where}: {error}") from error
 
     def _part(self, split, data):
@@ -96,12 +103,12 @@ def read_rows(path):
     name = os.path.basename(path)
     try:
         if path.endswith((".jsonl", ".json")):
-            with open(path, encoding="utf-8") as file:
+            with open(path, encoding="utf-8-sig") as file:
                 for number, line in enumerate(file, 1):
                     if line.strip():
                         yield f"{name}:{number}", _json_row(line, f"{name}:{number}")
         elif path.endswith(".csv"):  # no guessing of types: a puzzle's leading zeros are part of it
-            with open(path, encoding="utf-8", newline="") as file:
+            with open(path, encoding="utf-8-sig", newline="") as file:
                 rows = csv.DictReader(file)
                 for row in rows:
                     yield f"{name}:{rows.line_num}", row
@@ -230,10 +237,9 @@ class Countdown(Task):
     def _from_row(self, row):
         """Columns nums and target, or input ("30,100,93") and output."""
         numbers, target = (row["nums"], row["target"]) if "nums" in row else (row["input"], row["output"])
-        numbers = [int(number) for number in re.findall("[0-9]+", str(numbers))]
-        if len(numbers) < 2:
-            raise ValueError(f"{numbers} are too few numbers")
-        return {"numbers": numbers, "target": int(target)}
+        if not re.fullmatch(r"[0-9,;\s\[\]]+", str(numbers)) or not re.fullmatch("-?[0-9]+", str(target)):
+            raise ValueError(f"{str(numbers)[:40]!r} and {str(target)[:40]!r} are not whole numbers and a target")
+        return {"numbers": [int(number) for number in re.findall("[0-9]+", str(numbers))], "target": int(target)}
 
     def parse_question(self, text):
         """The inverse of question, for one typed by a user."""
@@ -535,7 +541,10 @@ class GSM8K(Task):
         _, found, answer = row["answer"].rpartition("####")
         if not found or _number(answer) is None:
             raise ValueError(f"the answer does not end in #### and a number: {row['answer'][-40:]!r}")
-        return {"question": str(row["question"]), "answer": answer.strip()}
+        return {"question": _text(row["question"]), "answer": answer.strip()}
+
+    def prepare(self):
+        JUDGE.start()
 
     def key(self, example):
         return example["question"]
@@ -549,10 +558,9 @@ class GSM8K(Task):
 
     def is_correct(self, completion, example):
         """The last number of the answer counts, or what math-verify makes of it: "18", "$18.00", "18 dollars"."""
-        answer = _result(completion)
-        numbers = re.findall(NUMBER, answer, re.ASCII)
-        last = _number(numbers[-1]) if numbers else None
-        return last == _number(example["answer"]) or equivalent(answer, example["answer"])
+        answer, gold = _result(completion), example["answer"]
+        last = _last_number(answer)
+        return last == _number(gold) if last is not None else equivalent(answer, gold)
 
     def reward(self, completion, example, chat=False):
         """3.0 if correct; chat=True adds the AGRPO paper's 0.5 for a pair of <think> tags and 0.5 for <answer> tags."""
@@ -578,13 +586,28 @@ class MATH(GSM8K):
         if not answer:
             raise ValueError("there is no answer, and no \\boxed one in the solution")
         level = re.findall("[0-9]", str(row.get("level", "")))
-        return {"question": str(row["problem"]), "answer": str(answer), "level": int(level[0]) if level else 9}
+        return {"question": _text(row["problem"]), "answer": str(answer), "level": int(level[0]) if level else 9}
 
     def is_correct(self, completion, example):
         return equivalent(_result(completion), example["answer"])
 
 
-NUMBER = r"-?[0-9][0-9,]*(?:\.[0-9]+)?|-?\.[0-9]+"
+def _text(value):
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"the question is {value!r}, not a text")
+    return value
+
+
+def _last_number(text):
+    """The last number of an answer in words, None where it is part of an expression (1/2, 2^3, 10-5, 12:30, 1e3)."""
+    text = re.sub(r"\\?[$%]|\\[!,]", "", text)
+    numbers = list(re.finditer(r"-?(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)", text, re.ASCII))
+    if not numbers:
+        return None
+    before, after = text[: numbers[-1].start()], text[numbers[-1].end() :]
+    if re.search(r"([/^{*+]|[0-9)][:e]?|[0-9)]\s*-)\s*$", before) or re.match(r"\s*[/^}*+]", after):
+        return None
+    return _number(numbers[-1].group())
 
 
 def _result(completion):
@@ -598,14 +621,16 @@ def _result(completion):
 
 def _boxed(text):
     """The content of the last \\boxed{...}, or None."""
-    start = text.rfind("\\boxed{")
+    start = text.rfind("\\boxed")
     if start < 0:
         return None
+    if bare := re.match(r"\\boxed\s+([^\s{}$]+)", text[start:]):  # "\\boxed 2", as some solutions have it
+        return bare.group(1)
     depth = 0
     for i in range(start + len("\\boxed"), len(text)):
         depth += {"{": 1, "}": -1}.get(text[i], 0)
         if depth == 0:
-            return text[start + len("\\boxed{") : i]
+            return text[start + len("\\boxed{") : i] if text[i] == "}" else None
     return None
 
 
@@ -630,38 +655,45 @@ def equivalent(answer, gold):
 
 class Judge:
     """math-verify in a process of its own, killed when it thinks for too long: its parser computes what it reads,
-    9^{9^{9^9}} included, and no timeout inside the process stops that. A killed judgement counts as wrong."""
+    9^{9^{9^9}} included, and no timeout inside the process stops that. A killed judgement counts as wrong.
 
-    SECONDS, START_SECONDS, BYTES = 2, 60, 4 * 2**30
+    Its limit is in CPU seconds, kept by the kernel: a busy machine changes no verdict, and an orphan ends too."""
+
+    CPU_SECONDS, WALL_SECONDS, BYTES = 2, 120, 4 * 2**30
 
     def __init__(self):
         self.process = None
 
     def equivalent(self, gold, answer):
-        if self.process is None or self.process.poll() is not None:
-            self._start()
+        self.start()
         try:
             self.process.stdin.write(json.dumps([gold, answer]) + "\n")
             self.process.stdin.flush()
-            verdict = self._line(self.SECONDS)
+            verdict = self._line()
         except BrokenPipeError:
             verdict = ""
         if verdict not in ("True\n", "False\n"):
             self.close()
         return verdict == "True\n"
 
-    def _start(self):
+    def start(self):
+        """Make sure that the process runs. Raises ValueError where math-verify is missing."""
+        if self.process is not None and self.process.poll() is None:
+            return
         command = [sys.executable, "-c", "import tasks; tasks.judge()"]
         folder = os.path.dirname(os.path.abspath(__file__))
         pipe, null = subprocess.PIPE, subprocess.DEVNULL
-        self.process = subprocess.Popen(command, cwd=folder, stdin=pipe, stdout=pipe, stderr=null, text=True)
-        if self._line(self.START_SECONDS) != "ready\n":
+        # A session of its own: Ctrl-C is meant for the run, and must not turn a right answer into a wrong one.
+        self.process = subprocess.Popen(
+            command, cwd=folder, stdin=pipe, stdout=pipe, stderr=null, text=True, start_new_session=True
+        )
+        if self._line() != "ready\n":
             self.close()
             raise ValueError("this task needs math-verify: pip install math-verify")
 
-    def _line(self, seconds):
-        """The next line that the process writes, "" if it does not within the time."""
-        ready = select.select([self.process.stdout], [], [], seconds)[0]
+    def _line(self):
+        """The next line that the process writes, "" if it ends or is stuck."""
+        ready = select.select([self.process.stdout], [], [], self.WALL_SECONDS)[0]
         return self.process.stdout.readline() if ready else ""
 
     def close(self):
@@ -680,6 +712,7 @@ def judge():
     verify(parse(r"$\frac{x}{2} + 2x$"), parse("$0$"))  # what it imports at its first use takes a second or two
     print("ready", flush=True)
     for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_PROF, Judge.CPU_SECONDS)  # then SIGPROF, which ends the process
         try:
             gold, answer = (parse(f"${text}$", parsing_timeout=None) for text in json.loads(line))
             print(verify(gold, answer, timeout_seconds=None), flush=True)

@@ -269,14 +269,31 @@ def weight_files(folder):
 def load(path_or_hub_id, dtype=None, device="cpu", revision=None):
     """The model of a folder or hub id; where that holds a LoRA adapter in peft's format, its base model with it."""
     folder = local_folder(path_or_hub_id, revision)
-    if not os.path.exists(os.path.join(folder, "adapter_config.json")):
-        return MaskedDiffusionLM.from_pretrained(path_or_hub_id, dtype, device, revision)
+    if (stored := adapter_config(folder)) is None:
+        return MaskedDiffusionLM.from_pretrained(path_or_hub_id, dtype, device, revision).eval()
     if not os.path.exists(os.path.join(folder, "adapter_model.safetensors")):
         raise ValueError(f"{folder} has no adapter_model.safetensors; pickled adapters are not opened")
-    with open(os.path.join(folder, "adapter_config.json")) as file:
-        stored = json.load(file)
     base = MaskedDiffusionLM.from_pretrained(stored["base_model_name_or_path"], dtype, device, stored.get("revision"))
-    return import_peft().PeftModel.from_pretrained(base, folder, is_trainable=True)
+    peft = import_peft()
+    try:  # eval: an adapter that was trained with dropout must not have it here, see add_lora
+        return peft.PeftModel.from_pretrained(base, folder, is_trainable=True).eval()
+    except Exception as error:  # its own kinds, and safetensors'
+        raise ValueError(f"the adapter in {folder} does not fit: {' '.join(str(error).split())[:300]}") from error
+
+
+def adapter_config(folder):
+    """What adapter_config.json says, None where the folder holds no adapter."""
+    file = os.path.join(folder, "adapter_config.json")
+    if not os.path.exists(file):
+        return None
+    try:
+        with open(file) as opened:
+            stored = json.load(opened)
+        if not isinstance(stored["base_model_name_or_path"], str):
+            raise ValueError("base_model_name_or_path names no model")
+        return stored
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} does not describe an adapter: {error}") from error
 
 
 def save(model, path):
@@ -297,7 +314,7 @@ def add_lora(model, rank, alpha, generator):
         if "lora_A" in name:  # peft's own distribution, but from our generator
             bound = 1 / math.sqrt(parameter.shape[1])
             parameter.data.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
-    return model
+    return model.eval()
 
 
 def import_peft():
@@ -332,6 +349,8 @@ def load_tokenizer(path_or_hub_id, revision=None):
     from transformers import PreTrainedTokenizerFast
 
     folder = local_folder(path_or_hub_id, revision)
+    if (adapter := adapter_config(folder)) and not os.path.exists(os.path.join(folder, "tokenizer.json")):
+        return load_tokenizer(adapter["base_model_name_or_path"], adapter.get("revision"))
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, padding_side="left")
     except Exception as error:  # a broken tokenizer.json raises a bare Exception

@@ -51,16 +51,18 @@ def load_model(name, run_config):
     return model, tokenizer
 
 
-def starting_model(run_config, config, task, cache):
-    """(model, tokenizer) that training starts from: the tiny base model, or pretrained weights with a new adapter."""
-    if run_config.model == "tiny":
-        tokenizer = tiny_dllm.character_tokenizer()
-        return base_model(run_config, config, task, tokenizer, cache), tokenizer
+def pretrained_model(run_config):
+    """(run_config, model, tokenizer) of a run that starts from published weights: with a new LoRA adapter, or the one
+    that --model holds. The run_config then names the commit and the adapter's sizes, as config.json shall."""
     model, tokenizer = load_model(HUB_IDS.get(run_config.model, run_config.model), run_config)
-    if run_config.lora_rank and model is unwrapped(model):
-        _, generator = streams(run_config.seed, "LoRA")
+    if model is not unwrapped(model):
+        adapter = model.peft_config["default"]
+        return replace(run_config, lora_rank=adapter.r, lora_alpha=adapter.lora_alpha), model, tokenizer
+    run_config = replace(run_config, revision=model.revision or run_config.revision)
+    if run_config.lora_rank:
+        _, generator = streams(run_config.seed, "LoRA", common=True)
         model = tiny_dllm.add_lora(model, run_config.lora_rank, run_config.lora_alpha, generator)
-    return model, tokenizer
+    return run_config, model, tokenizer
 
 
 def unwrapped(model):
@@ -93,12 +95,15 @@ def decode(tokenizer, completion_ids):
     return tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
 
 
-def streams(seed, purpose):
+def streams(seed, purpose, common=False):
     """Random numbers of one purpose: (random.Random, torch.Generator). Separate, so that a cached base model, or
-    one evaluation more, changes no other number. The prompts are common to all processes, the draws are not."""
+    one evaluation more, changes no other number. All processes have the same Random, which chooses prompts, and each
+    a Generator of its own, which draws completions, unless that is to be common too."""
     rng = random.Random(f"{purpose} {seed}")
-    draws = random.Random(f"{purpose} {seed} process {runs.rank()}") if runs.rank() else rng
-    return rng, torch.Generator().manual_seed(draws.getrandbits(62))
+    draws = rng.getrandbits(62)
+    if runs.rank() and not common:
+        draws = random.Random(f"{purpose} {seed} process {runs.rank()}").getrandbits(62)
+    return rng, torch.Generator().manual_seed(draws)
 
 
 # ------------------------------------------------------------------------------------------- measuring
@@ -117,10 +122,10 @@ def grade(model, tokenizer, task, examples, config, run_config, description):
     _, generator = streams(run_config.seed, "evaluation")
     mine = range(runs.rank(), len(examples), runs.processes())
     ids, mask = encode(tokenizer, task, [examples[i] for i in mine or [0]], next(model.parameters()).device)
-    records = {}
+    rows, records = rows_per_pass(run_config, ids, config), {}
     # A bar where it takes more than two seconds.
     with tqdm(total=len(mine), desc=description, leave=False, delay=2, disable=runs.rank() > 0) as bar:
-        for chunk in torch.arange(len(mine)).split(rows_per_pass(run_config, ids, config)):
+        for chunk in torch.arange(len(mine)).split(rows) if mine else ():
             started = time.perf_counter()
             width = int(mask[chunk].sum(1).max())  # no column of padding alone
             run = agrpo.rollout(model, ids[chunk, -width:], mask[chunk, -width:], config, generator)
@@ -166,8 +171,9 @@ def rows_per_pass(run_config, prompt_ids, config):
 # ----------------------------------------------------------------------------------- the supervised base model
 
 
-def base_model(run_config, config, task, tokenizer, cache):
-    """The tiny base model: trained from scratch, or read from the folder `cache` if the same settings trained one."""
+def base_model(run_config, config, task, cache):
+    """(model, tokenizer): the tiny base model, trained here, or read from `cache` if the same settings trained one."""
+    tokenizer = tiny_dllm.character_tokenizer()
     model = new_model(tokenizer, run_config)
     settings = {k: v for k, v in asdict(run_config).items() if k.startswith("base_") or k in ("task", "seed")}
     settings |= {"model": asdict(model.config), "completion_length": config.completion_length}
@@ -182,10 +188,13 @@ def base_model(run_config, config, task, tokenizer, cache):
         pretrain(model, run_config, config, task, tokenizer)
         unfinished = folder.with_suffix(f".{os.getpid()}.tmp")
         model.save_pretrained(unfinished)
-        unfinished.rename(folder)
+        try:
+            unfinished.rename(folder)
+        except OSError:  # another run, started at the same time, was faster
+            shutil.rmtree(unfinished)
 
     runs.from_first(make)
-    return tiny_dllm.load(folder)
+    return tiny_dllm.load(folder), tokenizer
 
 
 def new_model(tokenizer, run_config):
@@ -231,13 +240,11 @@ def pretrain(model, run_config, config, task, tokenizer):
 # ------------------------------------------------------------------------------------------- policy gradients
 
 
-def reinforce(model, run_config, config, task, tokenizer, folder, started):
+def reinforce(model, run_config, config, task, tokenizer, train, validation, folder, started):
     """Policy-gradient updates up to max_steps, in place, from the newest checkpoint. Every update appends its numbers
     to metrics.jsonl. Ctrl-C and SIGTERM end it after a last checkpoint. Returns the numbers of all updates, and the
     seconds that the run had taken before it was resumed."""
     rng, generator = streams(run_config.seed, "reinforce")
-    train, validation = (task.load(split, run_config.data) for split in ("train", "validation"))
-    train, validation = allowed(train, task, run_config), some(validation, run_config)
     parameters = list(runs.trainable(model).values())
     optimizer = torch.optim.AdamW(
         parameters, betas=(0.9, run_config.adam_beta2), weight_decay=run_config.weight_decay, fused=True
@@ -245,7 +252,7 @@ def reinforce(model, run_config, config, task, tokenizer, folder, started):
     reference = frozen_copy(model) if config.beta > 0 else None
     done, seconds_before = runs.load_checkpoint(folder, model, optimizer, rng, generator)
     history = runs.from_first(lambda: runs.rewind_metrics(folder / "metrics.jsonl", done))
-    track = runs.Tracker(run_config.tracker, folder, asdict(run_config) | asdict(config))
+    track = runs.Tracker(run_config.tracker, folder, asdict(run_config) | asdict(config), done)
     steps = tqdm(
         range(done, run_config.max_steps),
         desc="AGRPO",
@@ -253,7 +260,7 @@ def reinforce(model, run_config, config, task, tokenizer, folder, started):
         total=run_config.max_steps,
         disable=runs.rank() > 0,
     )
-    with runs.finish_what_was_begun() as stop:
+    with track, runs.finish_what_was_begun() as stop:
         for step in steps:
             optimizer.param_groups[0]["lr"] = learning_rate(run_config, step)
             prompts = rng.choices(train, k=run_config.prompts_per_step)
@@ -272,7 +279,6 @@ def reinforce(model, run_config, config, task, tokenizer, folder, started):
                 runs.save_checkpoint(folder, step + 1, elapsed, model, optimizer, rng, generator)
             if stopped:
                 raise KeyboardInterrupt
-    track.close()
     return history, seconds_before
 
 
@@ -355,20 +361,25 @@ def run(run_config, config):
     if run_config.prompts_per_step < runs.processes():
         raise ValueError(f"--prompts-per-step {run_config.prompts_per_step}: each process needs a prompt of its own")
     torch.set_num_threads(min(4, torch.get_num_threads()))  # matrices this small do not pay for many threads
-    task, folder = task_of(run_config), runs.from_first(lambda: run_folder(run_config, config))
+    # Whatever may be missing is missed now, and not after hours, nor with a folder left behind.
+    task = task_of(run_config)
+    task.prepare()
+    split = {name: task.load(name, run_config.data) for name in {"train", "validation", run_config.eval_split}}
+    train, validation = allowed(split["train"], task, run_config), some(split["validation"], run_config)
+    questions = some(split[run_config.eval_split], run_config)
+    if run_config.model != "tiny":
+        run_config, model, tokenizer = pretrained_model(run_config)
+    folder = runs.from_first(lambda: run_folder(run_config, config))
     if (folder / "summary.json").exists():
         return runs.say(f"{folder} is finished: python train.py --evaluate {folder}")
-    questions = some(task.load(run_config.eval_split, run_config.data), run_config)
-    model, tokenizer = starting_model(run_config, config, task, cache=folder.parent)
-    if revision := getattr(unwrapped(model), "revision", None):  # the hub may move on; this run will not
-        run_config = replace(run_config, revision=revision)
-        runs.from_first(lambda: write_settings(folder, run_config, config))
+    if run_config.model == "tiny":
+        model, tokenizer = base_model(run_config, config, task, cache=folder.parent)
     report = model, tokenizer, task, run_config, config, questions
     base = runs.from_first(lambda: runs.read_json(folder / "base.json"))
     if base is None:
         base = by_sampling_steps(*report)
         runs.from_first(lambda: runs.write_json(folder / "base.json", base))
-    history, seconds_before = reinforce(model, run_config, config, task, tokenizer, folder, started)
+    history, seconds_before = reinforce(model, run_config, config, task, tokenizer, train, validation, folder, started)
     tables = {"base": base, "final": by_sampling_steps(*report)}
     m = str(config.sampling_steps)
     summary = {
@@ -405,16 +416,20 @@ def evaluate(run_config, config):
     """Measure a finished run or a model, a line per number of sampling steps; or answer one typed question."""
     device_of(run_config)
     folder = Path(run_config.evaluate)
-    a_run = runs.read_settings(folder) is not None
+    a_run = runs.read_settings(folder)
     if a_run and not (folder / "summary.json").exists():
         raise ValueError(f"{folder} holds no finished run: python train.py --resume {folder}")
     task = task_of(run_config)
+    task.prepare()
     name = str(folder / "model") if a_run else HUB_IDS.get(run_config.evaluate, run_config.evaluate)
     model, tokenizer = load_model(name, run_config)
     if run_config.prompt:
         policy = evaluated(run_config, config, config.sampling_steps)
         return answer(model, tokenizer, task, task.parse_question(run_config.prompt), policy, run_config.seed)
-    questions = some(task.read(run_config.data) if run_config.data else task.load(run_config.eval_split), run_config)
+    # Of the file that the run was trained on, the part that was held out.
+    own = not run_config.data or (a_run and a_run["run"].get("data") == run_config.data)
+    questions = task.load(run_config.eval_split, run_config.data) if own else task.read(run_config.data)
+    questions = some(questions, run_config)
     if run_config.out or not a_run:
         folder = runs.from_first(lambda: runs.new_folder(run_config.out, f"evaluation-{run_config.task}"))
     report = {"model": name, "task": run_config.task, "questions": run_config.data or run_config.eval_split}
@@ -469,14 +484,9 @@ def run_folder(run_config, config):
             shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
         return folder
     folder = runs.new_folder(run_config.out, f"{run_config.task}-seed{run_config.seed}")
-    write_settings(folder, run_config, config)
-    return folder
-
-
-def write_settings(folder, run_config, config):
-    """config.json: every value that decides the run's numbers."""
-    settings = {"run": asdict(replace(run_config, resume="")), "algorithm": asdict(config)}
+    settings = {"run": asdict(run_config), "algorithm": asdict(config)}  # every value that decides the run's numbers
     runs.write_json(folder / "config.json", settings | runs.provenance())
+    return folder
 
 
 def save_model(model, tokenizer, path):
@@ -495,13 +505,10 @@ def main(argv=None):
     try:
         evaluate(run_config, config) if run_config.evaluate else run(run_config, config)
     except (MemoryError, RuntimeError, OSError, ValueError) as error:
-        print(f"train.py: {runs.in_one_line(error, run_config)}", file=sys.stderr)
-        return 1
+        return runs.leave(f"train.py: {runs.in_one_line(error, run_config)}", 1)
     except KeyboardInterrupt:
-        print("\ntrain.py: stopped; continue with --resume and the folder of the run", file=sys.stderr)
-        return 130
-    finally:
-        runs.stop_processes()
+        return runs.leave("\ntrain.py: stopped; continue with --resume and the folder of the run", 130)
+    runs.stop_processes()
     return 0
 
 

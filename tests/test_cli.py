@@ -120,17 +120,24 @@ def test_tensorboard_gets_every_number(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    track = runs.Tracker("tensorboard", tmp_path, {})
+    track = runs.Tracker("tensorboard", tmp_path, {}, done=0)
     track(1, {"reward": 0.5, "validation": {"greedy": 0.25}})
     track.close()
     events = EventAccumulator(str(tmp_path)).Reload()
     assert events.Scalars("reward")[0].value == 0.5 and events.Scalars("validation/greedy")[0].value == 0.25
 
 
-def test_a_missing_tracker_is_asked_for_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match="pip install wandb"):
-        runs.Tracker("wandb", tmp_path, {})
+def test_a_missing_tracker_is_asked_for_before_anything_runs(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        parse_arguments(["--tracker", "wandb"])
+    assert "pip install wandb" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_runs_that_start_together_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = [runs.new_folder("", "countdown-seed0") for _ in range(3)]
+    assert [str(folder) for folder in folders] == [f"runs/countdown-seed0{end}" for end in ("", "-2", "-3")]
 
 
 def test_countdown_without_policy_gradients_is_the_supervised_control(tmp_path):
@@ -146,7 +153,7 @@ def test_help_is_short_and_names_every_option(capsys):
         parse_arguments(["--help"])
     lines = capsys.readouterr().out.splitlines()
     flags = ["--" + f.name.replace("_", "-") for cls in (RunConfig, AGRPOConfig) for f in dataclasses.fields(cls)]
-    assert len(lines) < 110 and all(any(line.strip().startswith(flag) for line in lines) for flag in flags)
+    assert len(lines) < 120 and all(any(line.strip().startswith(flag) for line in lines) for flag in flags)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import shutil
+import sys
+import types
 
 import pytest
 from conftest import make_llada_folder
@@ -53,13 +56,19 @@ def test_every_task_trains_and_is_evaluated_from_a_file(llada_folder, data, task
     assert stored["versions"]["torch"] and stored["commit"]
     assert (run / "model" / "adapter_model.safetensors").exists() and not (run / "model" / "model.safetensors").exists()
     capsys.readouterr()
-    steps = ["--eval-steps", "2", "4", "--save-completions", "--data", data[task], "--eval-prompts", "5"]
+    file = shutil.copy(data[task], tmp_path)
+    steps = ["--eval-steps", "2", "4", "--save-completions", "--data", file, "--eval-prompts", "5"]
     assert train.main(["--evaluate", str(run), *steps]) == 0
     printed = capsys.readouterr().out
     assert "tokens per answer" in printed and "seconds per answer" in printed
     rows = json.loads((run / f"evaluation-{task}.json").read_text())["rows"]
     assert [(row["steps"], row["policy"], row["answers"]) for row in rows] == [(2, "greedy", 5), (4, "greedy", 5)]
     answers = [json.loads(line) for line in (run / f"completions-{task}.jsonl").read_text().splitlines()]
+    capsys.readouterr()
+    assert train.main(["--evaluate", str(run), "--eval-steps", "2"]) == 0  # of the run's own file what was held out
+    rows = json.loads((run / f"evaluation-{task}.json").read_text())["rows"]
+    held_out = CHAT_TASKS[task].load("test", data[task])
+    assert rows[0]["answers"] == len(held_out) < len(CHAT_TASKS[task].read(data[task]))
     assert len(answers) == 10 and answers[0].keys() >= {"prompt", "completion", "correct", "length"}
 
 
@@ -105,8 +114,11 @@ def test_grids_of_a_later_test_can_be_kept_out_of_training(llada_folder, data):
         ("gsm8k", '{"question": "1+1?", "answer": "two"}', "gsm8k.jsonl:2: the answer does not end in ####"),
         ("gsm8k", '{"question": ', "gsm8k.jsonl:2: not JSON"),
         ("gsm8k", "[1, 2]", "gsm8k.jsonl:2: not a JSON object"),
+        ("gsm8k", '{"question": null, "answer": "#### 1"}', "gsm8k.jsonl:2: the question is None"),
+        ("gsm8k", "", "holds no questions"),
+        ("countdown", '{"nums": [-3, 5.0, 7], "target": 3}', "countdown.jsonl:2: '[-3, 5.0, 7]' and '3' are not"),
         ("math", '{"problem": "x?", "solution": "42"}', "math.jsonl:2: there is no answer"),
-        ("countdown", '{"input": "1,2,3", "output": "many"}', "countdown.jsonl:2: invalid literal"),
+        ("countdown", '{"input": "1,2,3", "output": "many"}', "countdown.jsonl:2: '1,2,3' and 'many' are not"),
         ("sudoku", '{"Puzzle": "1", "Solution": "2"}', "sudoku.jsonl:2: '0000000000000001'"),
     ],
 )
@@ -119,12 +131,10 @@ def test_a_malformed_row_names_its_file_and_line(llada_folder, task, line, word,
 
 
 def test_without_a_network_the_message_names_the_flag(llada_folder, monkeypatch, capsys):
-    datasets = pytest.importorskip("datasets")
-
     def load_dataset(*_, **__):
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     assert train.main(["--evaluate", str(llada_folder), "--task", "gsm8k"]) == 1
     assert "--data PATH" in capsys.readouterr().err.splitlines()[-1]
 

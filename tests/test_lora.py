@@ -78,6 +78,27 @@ def test_an_adapter_travels_in_pefts_format(base, adapted, tmp_path):
     assert torch.equal(other(ids, attention_mask=mask), adapted(ids, attention_mask=mask))
 
 
+def test_an_adapter_trained_with_dropout_runs_without_it(adapted, tmp_path):
+    save(perturb(adapted), tmp_path)
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(stored | {"lora_dropout": 0.5}))
+    ids, mask = make_prompts()
+    assert torch.equal(load(tmp_path)(ids, attention_mask=mask), adapted(ids, attention_mask=mask))
+
+
+@pytest.mark.parametrize("how", ["truncated", "no base"])
+def test_a_broken_adapter_says_so_in_one_line(adapted, tmp_path, how):
+    save(adapted, tmp_path)
+    if how == "truncated":
+        file = tmp_path / "adapter_model.safetensors"
+        file.write_bytes(file.read_bytes()[:-50])
+    else:
+        (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": null}')
+    with pytest.raises(ValueError, match="adapter") as error:
+        load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_pickled_adapters_are_refused(adapted, tmp_path):
     save(adapted, tmp_path)
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")

@@ -40,7 +40,10 @@ def worker(rank, folder, advantages, rows):
     before = any(parameter.grad is not None for parameter in model.parameters())
     runs.average_gradients(model.parameters(), share=len(mine) / 6)
     after = any(parameter.grad is not None for parameter in model.parameters())
-    torch.save((before, after, gradient(model)), f"{folder}/{rank}.pt")
+    rng, draws = train.streams(0, "reinforce")
+    _, common = train.streams(0, "LoRA", common=True)
+    numbers = rng.random(), draws.initial_seed(), common.initial_seed()
+    torch.save((before, after, gradient(model), numbers), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -53,11 +56,15 @@ def test_two_processes_have_the_gradient_of_one(tmp_path, zeros):
     agrpo.accumulate_gradient(model, run, advantages, setting, torch.Generator().manual_seed(0), 3)
     expected = gradient(model)
     mp.spawn(worker, (str(tmp_path), advantages, rows), nprocs=2)
+    numbers = []
     for rank in (0, 1):
-        before, after, found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        before, after, found, random_numbers = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        numbers.append(random_numbers)
         assert torch.allclose(found, expected, atol=1e-6)
         assert after == (len(zeros) < 6)  # without signal anywhere no optimizer step, as in one process
         assert before == any(row not in zeros for row in rows[rank])
+    (prompts, draws, adapter), (same_prompts, other_draws, same_adapter) = numbers
+    assert prompts == same_prompts and adapter == same_adapter and draws != other_draws
 
 
 def torchrun(arguments, **environment):
@@ -78,8 +85,8 @@ def json_lines(path):
 
 
 def test_two_processes_leave_one_folder_and_grade_every_answer_against_its_own_question(tmp_path):
-    arguments = [*SHORT.split(), "--max-steps", 2, "--eval-every", 1, "--eval-prompts", 25, "--out", tmp_path / "run"]
-    result = torchrun(["train.py", *arguments])
+    arguments = [*SHORT.split(), "--max-steps", 2, "--eval-every", 1, "--eval-prompts", 1, "--out", tmp_path / "run"]
+    result = torchrun(["train.py", *arguments])  # with fewer questions to evaluate than processes
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("done in") == 1
     assert [row["step"] for row in json_lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
