@@ -293,7 +293,7 @@ def write_step(model, run, rows, t, block, config, u):
     if config.temperature == 0:
         index = logp.argmax(1, keepdim=True)
     else:
-        index = inverse_cdf(logp.double().exp(), u[rows][candidates][:, None])
+        index = inverse_cdf(logp.exp(), u[rows][candidates][:, None])
     tokens = (index if support is None else support.gather(1, index)).squeeze(1)  # (N,)
     token_logp = logp.gather(1, index).squeeze(1)
     written = candidates
