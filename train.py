@@ -358,6 +358,8 @@ def run(run_config, config):
     """The main job: base model, test, reinforce, test, and everything a person would want to look at."""
     started = time.perf_counter()
     device_of(run_config)
+    if run_config.resume and (Path(run_config.resume) / "summary.json").exists():
+        return runs.say(f"{run_config.resume} is finished: python train.py --evaluate {run_config.resume}")
     if run_config.prompts_per_step < runs.processes():
         raise ValueError(f"--prompts-per-step {run_config.prompts_per_step}: each process needs a prompt of its own")
     torch.set_num_threads(min(4, torch.get_num_threads()))  # matrices this small do not pay for many threads
@@ -370,8 +372,6 @@ def run(run_config, config):
     if run_config.model != "tiny":
         run_config, model, tokenizer = pretrained_model(run_config)
     folder = runs.from_first(lambda: run_folder(run_config, config))
-    if (folder / "summary.json").exists():
-        return runs.say(f"{folder} is finished: python train.py --evaluate {folder}")
     if run_config.model == "tiny":
         model, tokenizer = base_model(run_config, config, task, cache=folder.parent)
     report = model, tokenizer, task, run_config, config, questions
@@ -398,8 +398,8 @@ def run(run_config, config):
 
 def show(folder, model, tokenizer, task, run_config, config, questions, history, summary):
     """The ending: table, picture, one answer as it appears, what to try next, and the line that says it all."""
-    runs.write_json(folder / "summary.json", summary)
     picture = runs.draw_curve(history, summary["base"], summary["final"], run_config.eval_split, folder / "curve.png")
+    runs.write_json(folder / "summary.json", summary)  # last: a run that has it is finished
     runs.print_report(summary["by_sampling_steps"], run_config.eval_split)
     print(f"\na {run_config.eval_split} question, answered by the trained model:")
     policy = evaluated(run_config, config, config.sampling_steps)
