@@ -521,7 +521,7 @@ class GSM8K(Task):
     def _training_examples(self):
         return self._hub(*self.TRAIN)
 
-    def _hub(self, repository, name, split):
+    def _hub(self, repository, name, split, skip_malformed=False):
         """The examples of a data set on the hub, where there is a network."""
         try:
             from datasets import load_dataset
@@ -534,7 +534,14 @@ class GSM8K(Task):
             raise ValueError(
                 f"the hub did not give {repository}; a local file can take its place: --data PATH ({reason})"
             ) from error
-        return [self._checked(row, f"{repository}, row {number}") for number, row in enumerate(rows, 1)]
+        examples = []
+        for number, row in enumerate(rows, 1):
+            try:
+                examples.append(self._checked(row, f"{repository}, row {number}"))
+            except ValueError:
+                if not skip_malformed:
+                    raise
+        return examples
 
     def _from_row(self, row):
         """Columns question and answer, whose last line is "#### 18"."""
@@ -577,7 +584,7 @@ class MATH(GSM8K):
 
     def _training_examples(self):
         tests = {example["question"] for example in self._split("test")}
-        rows = self._hub(*self.TRAIN)
+        rows = self._hub(*self.TRAIN, skip_malformed=True)  # a few of its solutions box no answer
         return [row for row in rows if row["question"] not in tests and row["level"] <= self.MAX_LEVEL]
 
     def _from_row(self, row):

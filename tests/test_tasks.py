@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import time
+import types
 from fractions import Fraction
 
 import pytest
@@ -392,3 +393,22 @@ def test_a_data_file_is_divided_without_sharing_a_question(tmp_path):
     questions = [{example["question"] for example in part} for part in parts]
     assert sum(map(len, parts)) == 100 and len(set.union(*questions)) == sum(map(len, questions)) == 60
     assert all(questions)
+
+
+def test_math_trains_on_the_hubs_problems_without_those_of_the_test_and_without_the_hardest(monkeypatch):
+    def problem(name, level="Level 2", solution="so it is $\\boxed{2}$."):
+        return {"problem": name, "level": level, "type": "Algebra", "solution": solution}
+
+    train = [problem(f"p{i}") for i in range(300)]
+    train += [problem("hard", "Level 5"), problem("odd", "Level ?"), problem("none", solution="2"), problem("tested")]
+    train += [problem("bare", solution="is $\\boxed 2$.")]
+    hub = {
+        "qwedsacf/competition_math": train,
+        "HuggingFaceH4/MATH-500": [{"problem": "tested", "answer": "2", "level": 3, "solution": ""}],
+    }
+    load_dataset = types.SimpleNamespace(load_dataset=lambda name, *_, **__: hub[name])
+    monkeypatch.setitem(sys.modules, "datasets", load_dataset)
+    task = type(TASKS["math"])()
+    found = {example["question"] for split in ("train", "validation") for example in task.load(split)}
+    assert found == {f"p{i}" for i in range(300)} | {"bare"} and len(task.load("validation")) == 200
+    assert [example["question"] for example in task.load("test")] == ["tested"]
