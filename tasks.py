@@ -35,17 +35,19 @@ SPLITS = ("train", "validation", "test")
 MAX_ANSWER_LENGTH = 100  # also bounds the parser's recursion, at three calls per character
 
 
-def extract_answer(completion):
+def tagged(completion):
     """What stands in the last complete pair of <answer> tags, or the whole completion without one.
 
     The last pair, because reasoning may quote the format or try an answer before it commits.
     Found with rfind: a lazy regular expression takes quadratic time on many opening tags.
-    An answer that is too long to be one becomes "", which no task rewards.
     """
     start = completion.rfind("<answer>", 0, max(completion.rfind("</answer>"), 0))
-    if start >= 0:
-        completion = completion[start + len("<answer>") :].partition("</answer>")[0]
-    answer = completion.strip()
+    return completion if start < 0 else completion[start + len("<answer>") :].partition("</answer>")[0]
+
+
+def extract_answer(completion):
+    """The answer, or "", which no task rewards, where it is too long to be one."""
+    answer = tagged(completion).strip()
     return answer if len(answer) <= MAX_ANSWER_LENGTH else ""
 
 
@@ -619,11 +621,9 @@ def _last_number(text):
 
 def _result(completion):
     """What the completion says the result is: the last \\boxed, or else the answer, of which the end is kept."""
-    start = completion.rfind("<answer>", 0, max(completion.rfind("</answer>"), 0))
-    if start >= 0:
-        completion = completion[start + len("<answer>") :].partition("</answer>")[0]
-    boxed = _boxed(completion)
-    return (completion if boxed is None else boxed).strip()[-2 * MAX_ANSWER_LENGTH :]
+    answer = tagged(completion)
+    boxed = _boxed(answer)
+    return (answer if boxed is None else boxed).strip()[-2 * MAX_ANSWER_LENGTH :]
 
 
 def _boxed(text):
