@@ -57,6 +57,12 @@ def processes():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def command(number=None):
+    """How this program is started with so many processes."""
+    number = number or processes()
+    return "python train.py" if number == 1 else f"torchrun --nproc-per-node {number} train.py"
+
+
 def say(*words):
     """Print, once for all processes."""
     if rank() == 0:
@@ -161,11 +167,19 @@ def append_line(path, value):
             file.write(json.dumps(value) + "\n")
 
 
-def write_json(path, value):
+def write_text(path, text):
     """Write beside and rename, so that the file is whole whenever it is there."""
     unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(value, indent=2) + "\n")
+    unfinished.write_text(text)
     unfinished.replace(path)
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_lines(path, rows):
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_settings(folder):
@@ -250,8 +264,11 @@ def load_checkpoint(folder, model, optimizer, rng, generator):
         state = json.loads((path / "state.json").read_text())
         weights, tensors = load_file(path / "weights.safetensors"), load_file(path / "state.safetensors")
         mine = trainable(model)
-        if weights.keys() != mine.keys() or sum(name.startswith("generator.") for name in tensors) != processes():
-            raise ValueError("other parameters, or another number of processes")
+        made_by = sum(name.startswith("generator.") for name in tensors)
+        if made_by != processes():
+            raise ValueError(f"it was made by {made_by} processes: {command(made_by)} --resume {folder}")
+        if weights.keys() != mine.keys():
+            raise ValueError("it has other parameters")
         with torch.no_grad():
             for name, parameter in mine.items():
                 parameter.copy_(weights[name])
@@ -276,9 +293,7 @@ def rewind_metrics(path, step):
         with contextlib.suppress(ValueError):  # the last line may be half there
             rows.append(json.loads(line))
     rows = [row for row in rows if row["step"] <= step]
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    unfinished.replace(path)
+    write_lines(path, rows)
     return rows
 
 
@@ -362,7 +377,7 @@ def print_evaluation(row=None):
         return say("\nsampling steps   policy      accuracy           tokens per answer   seconds per answer")
     error = math.sqrt(row["accuracy"] * (1 - row["accuracy"]) / row["answers"])
     accuracy = f"{row['accuracy']:.1%} +- {error:.1%}"
-    say(f"{row['steps']:>14}   {row['policy']:<12}{accuracy:<19}{row['length']:>17.1f}{row['seconds']:>21.3f}")
+    say(f"{row['steps']:>14}   {row['policy']:<12}{accuracy:<19}{row['length']:>17.1f}{row['seconds']:>21.4f}")
 
 
 def print_trajectory(run, tokenizer, row=0, states=9):
@@ -397,7 +412,7 @@ def draw_curve(history, base, final, split, path):
         label = f"{kind}, validation prompts"
         top.plot([metrics["step"] for metrics in checked], values, "o-", ms=3, color=f"C{i}", label=label)
         label = f"{kind}, {split} prompts"
-        top.plot([0, len(history)], [base[kind], final[kind]], "*", ms=11, color=f"C{i}", label=label)
+        top.plot([0, len(history)], [base[kind], final[kind]], "*", ms=15 - 6 * i, color=f"C{i}", label=label)
     top.set(ylabel="share of correct answers", ylim=(0, 1))
     top.legend(fontsize=8)
     bottom.plot(steps, [metrics["entropy"] for metrics in history], color="C2", label="entropy, nats per token")

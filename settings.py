@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import math
 import re
+import sys
 from dataclasses import dataclass, replace
 
 import runs
@@ -82,7 +83,7 @@ LLADA = {  # what the AGRPO authors publish for GSM8K; from max_steps on ours, f
     "gradient_checkpointing": True,
     "eval_every": 50,
     "eval_prompts": 256,
-    "save_every": 10,
+    "save_every": 1,  # an update takes minutes, a checkpoint of the adapter seconds
 }
 PRESETS = {
     ("tiny", "countdown"): {"completion_length": 8, "sampling_steps": 2, "mc_samples": 2},
@@ -125,6 +126,8 @@ def parse_arguments(argv, description=None):
             add_flag(group, field, defaults.get(field.name, field.default), help_of[field.name])
     flags = vars(parser.parse_args(argv))
     try:
+        if flags["evaluate"] and flags["prompt"] == "" and "--prompt" in (argv or sys.argv):
+            raise ValueError("--prompt is empty")
         for name in stored.keys() & flags.keys() - RESUMABLE if flags["resume"] else ():
             if flags[name] != stored[name]:
                 raise ValueError(f"--{name.replace('_', '-')} cannot change in a run that is resumed")

@@ -278,7 +278,7 @@ def reinforce(model, run_config, config, task, tokenizer, train, validation, fol
                 elapsed = seconds_before + time.perf_counter() - started
                 runs.save_checkpoint(folder, step + 1, elapsed, model, optimizer, rng, generator)
             if stopped:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(f"continue with: {runs.command()} --resume {folder}")
     return history, seconds_before
 
 
@@ -434,28 +434,28 @@ def evaluate(run_config, config):
         folder = runs.from_first(lambda: runs.new_folder(run_config.out, f"evaluation-{run_config.task}"))
     report = {"model": name, "task": run_config.task, "questions": run_config.data or run_config.eval_split}
     report |= {"seed": run_config.seed, **runs.provenance(), "rows": []}
+    completions = []
+    label = run_config.task if own else f"{run_config.task}-{Path(run_config.data).stem}"
     runs.print_evaluation()
     for steps in run_config.eval_steps:
         for policy in run_config.eval_policies:
-            row = evaluate_once(model, tokenizer, task, questions, steps, policy, run_config, config, folder)
+            records, row = evaluate_once(model, tokenizer, task, questions, steps, policy, run_config, config)
+            completions.extend({"steps": steps, "policy": policy} | record for record in records)
             report["rows"].append(row)
             runs.print_evaluation(row)
-            runs.from_first(lambda: runs.write_json(folder / f"evaluation-{run_config.task}.json", report))
-    runs.say(f"{folder / f'evaluation-{run_config.task}.json'}")
+            runs.from_first(lambda: runs.write_json(folder / f"evaluation-{label}.json", report))
+            if run_config.save_completions:
+                runs.from_first(lambda: runs.write_lines(folder / f"completions-{label}.jsonl", completions))
+    runs.say(folder / f"evaluation-{label}.json")
 
 
-def evaluate_once(model, tokenizer, task, questions, steps, policy, run_config, config, folder):
-    """One row of the evaluation table; its completions into completions-TASK.jsonl if asked."""
+def evaluate_once(model, tokenizer, task, questions, steps, policy, run_config, config):
+    """The answers of one policy, and their row of the evaluation table."""
     sampled = evaluated(run_config, config, steps)
     chosen = sampled if policy == "sampled" else greedy(sampled)
     records = grade(model, tokenizer, task, questions, chosen, run_config, f"{steps} steps, {policy}")
-    if run_config.save_completions and runs.rank() == 0:
-        first = steps == run_config.eval_steps[0] and policy == run_config.eval_policies[0]
-        path = folder / f"completions-{run_config.task}.jsonl"
-        with open(path, "w" if first else "a") as file:
-            file.writelines(json.dumps({"steps": steps, "policy": policy} | record) + "\n" for record in records)
     row = {"steps": steps, "policy": policy, "answers": len(records), "accuracy": mean(records, "correct")}
-    return row | {name: mean(records, name) for name in ("length", "seconds")}
+    return records, row | {name: mean(records, name) for name in ("length", "seconds")}
 
 
 def answer(model, tokenizer, task, example, config, seed):
@@ -506,8 +506,8 @@ def main(argv=None):
         evaluate(run_config, config) if run_config.evaluate else run(run_config, config)
     except (MemoryError, RuntimeError, OSError, ValueError) as error:
         return runs.leave(f"train.py: {runs.in_one_line(error, run_config)}", 1)
-    except KeyboardInterrupt:
-        return runs.leave("\ntrain.py: stopped; continue with --resume and the folder of the run", 130)
+    except KeyboardInterrupt as stop:
+        return runs.leave(f"\ntrain.py: stopped; {stop or 'continue with --resume and the folder of the run'}", 130)
     runs.stop_processes()
     return 0
 

@@ -167,6 +167,7 @@ def test_help_is_short_and_names_every_option(capsys):
         (["--save-completions"], "--evaluate"),
         (["--evaluate", "a", "--resume", "b"], "choose one"),
         (["--eval-policies", "best"], "greedy"),
+        (["--evaluate", "a", "--prompt", ""], "empty"),
         (["--adam-beta2", "1"], "[0, 1)"),
         (["--sampling-steps", "9"], "exceeds"),
         (["--mc-samples", "0"], "mc_samples"),

@@ -61,9 +61,9 @@ def test_every_task_trains_and_is_evaluated_from_a_file(llada_folder, data, task
     assert train.main(["--evaluate", str(run), *steps]) == 0
     printed = capsys.readouterr().out
     assert "tokens per answer" in printed and "seconds per answer" in printed
-    rows = json.loads((run / f"evaluation-{task}.json").read_text())["rows"]
+    rows = json.loads((run / f"evaluation-{task}-{task}.json").read_text())["rows"]  # named after the file too
     assert [(row["steps"], row["policy"], row["answers"]) for row in rows] == [(2, "greedy", 5), (4, "greedy", 5)]
-    answers = [json.loads(line) for line in (run / f"completions-{task}.jsonl").read_text().splitlines()]
+    answers = [json.loads(line) for line in (run / f"completions-{task}-{task}.jsonl").read_text().splitlines()]
     capsys.readouterr()
     assert train.main(["--evaluate", str(run), "--eval-steps", "2"]) == 0  # of the run's own file what was held out
     rows = json.loads((run / f"evaluation-{task}.json").read_text())["rows"]

@@ -97,7 +97,8 @@ def test_sigterm_saves_and_says_how_to_go_on(uninterrupted, runs_folder):
         time.sleep(0.02)
     process.terminate()
     stderr = process.communicate()[1]
-    assert process.returncode == 130 and "--resume" in stderr.splitlines()[-1] and "Traceback" not in stderr
+    assert process.returncode == 130 and f"python train.py --resume {folder}" in stderr.splitlines()[-1]
+    assert "Traceback" not in stderr
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert runs.checkpoints(folder)[-1].name == f"checkpoint-{steps[-1]}"
     assert main(["--resume", str(folder)]) == 0
