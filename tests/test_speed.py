@@ -28,7 +28,7 @@ def test_the_operations_are_those_of_the_matrix_products():
     positions = torch.zeros(2, length, dtype=torch.bool)
     positions[:, -3:] = True
     # The counter knows attention only as the two products that its plain form has.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        with torch.no_grad(), model.disable_adapter():
-            model(torch.zeros(2, length, dtype=torch.long), positions=positions)
+    plain, counter = sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False)
+    with plain, counter, torch.no_grad(), model.disable_adapter():
+        model(torch.zeros(2, length, dtype=torch.long), positions=positions)
     assert counter.get_total_flops() == speed.operations(setting, 2, head_rows=6, backward=False)
