@@ -1,9 +1,9 @@
 """What surrounds the algorithm in a run: processes, folders, checkpoints, logs, tables and the picture.
 
 A run's folder holds config.json (every setting), metrics.jsonl (a line per update), base.json and summary.json (what
-was measured before and after), checkpoint-N (while it runs), model/ and curve.png. Every file is written beside its
-place and renamed, so that what is there is whole: a run killed at any moment continues with --resume as if it had not
-been.
+was measured before and after), checkpoint-N, model/ and curve.png. Lines are appended to metrics.jsonl, and --resume
+drops those after its checkpoint; all else is written beside its place and renamed, so that what is there is whole.
+A run killed at any moment continues with --resume as if it had not been.
 """
 
 import contextlib
@@ -110,7 +110,7 @@ def average_gradients(parameters, share):
             parameter.grad = torch.zeros_like(parameter)
     for dtype in sorted({parameter.grad.dtype for parameter in parameters}, key=str):
         gradients = [parameter.grad for parameter in parameters if parameter.grad.dtype == dtype]
-        flat = torch.cat([gradient.flatten() for gradient in gradients]).mul_(share)
+        flat = torch.cat([gradient.flatten() for gradient in gradients]).mul_(share)  # (all their elements,)
         dist.all_reduce(flat)
         for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
             gradient.copy_(part.view_as(gradient))
@@ -130,10 +130,13 @@ def in_one_line(error, run_config):
 def merge_metrics(metrics, share):
     """One update's numbers over all processes: counts are summed, the largest error kept, means weighted by share."""
     rows = gather((share, metrics))
+    if len(rows) == 1:
+        return metrics
     merged = {name: sum(share * row[name] for share, row in rows) for name in metrics}
     merged["evaluations"] = sum(row["evaluations"] for _, row in rows)
+    # A nan is the largest error of all; max alone would lose it.
     merged["ratio_error"] = max((row["ratio_error"] for _, row in rows), key=lambda x: (math.isnan(x), x))
-    return metrics if len(rows) == 1 else merged
+    return merged
 
 
 # ------------------------------------------------------------------------------------------------- folders

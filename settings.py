@@ -6,7 +6,6 @@ import importlib.util
 import inspect
 import math
 import re
-import sys
 from dataclasses import dataclass, replace
 
 import runs
@@ -51,7 +50,7 @@ class RunConfig:
     tracker: str = ""  # tensorboard | wandb
     resume: str = ""  # folder of an unfinished run: continue it
     evaluate: str = ""  # folder of a finished run, or a model: measure it, or answer --prompt, instead of training
-    prompt: str = ""  # with --evaluate: one question to answer
+    prompt: str | None = None  # with --evaluate: one question to answer
     save_completions: bool = False  # with --evaluate: write every prompt, completion and verdict
 
 
@@ -126,8 +125,6 @@ def parse_arguments(argv, description=None):
             add_flag(group, field, defaults.get(field.name, field.default), help_of[field.name])
     flags = vars(parser.parse_args(argv))
     try:
-        if flags["evaluate"] and flags["prompt"] == "" and "--prompt" in (argv or sys.argv):
-            raise ValueError("--prompt is empty")
         for name in stored.keys() & flags.keys() - RESUMABLE if flags["resume"] else ():
             if flags[name] != stored[name]:
                 raise ValueError(f"--{name.replace('_', '-')} cannot change in a run that is resumed")
@@ -169,7 +166,9 @@ def comments(cls):
 
 def add_flag(group, field, default, text):
     """One field of a dataclass as one flag of its type, its default at the end of its help."""
-    kind = {"int | None": int, "tuple[int, ...]": int, "tuple[str, ...]": str}.get(str(field.type), field.type)
+    kind = {"int | None": int, "str | None": str, "tuple[int, ...]": int, "tuple[str, ...]": str}.get(
+        str(field.type), field.type
+    )
     flag, text = "--" + field.name.replace("_", "-"), text.replace("%", "%%")
     if kind is bool:
         shown = f"{text} [{'yes' if default else 'no'}]"
@@ -213,14 +212,15 @@ def check(run_config, config):
     if run_config.evaluate and run_config.resume:
         raise ValueError("--resume continues training, --evaluate measures: choose one")
     for name in ("prompt", "save_completions"):
-        if getattr(run_config, name) and not run_config.evaluate:
+        if getattr(run_config, name) not in (None, False) and not run_config.evaluate:
             raise ValueError(f"--{name.replace('_', '-')} needs --evaluate RUN: which model should answer?")
+    if run_config.prompt is not None and not run_config.prompt.strip():
+        raise ValueError("--prompt is empty")
     if config.unmasking == "low_confidence" or config.temperature == 0:
         raise ValueError("--unmasking low_confidence and --temperature 0 are for evaluation, which uses them anyway")
     check_numbers(run_config)
-    needed = tasks.TASKS[run_config.task].completion_length
-    if run_config.model == "tiny" and config.completion_length < needed:
-        raise ValueError(f"--completion-length {config.completion_length}: answers to {run_config.task} need {needed}")
+    if run_config.model == "tiny" and config.completion_length < (n := tasks.TASKS[run_config.task].completion_length):
+        raise ValueError(f"--completion-length {config.completion_length}: answers to {run_config.task} need {n}")
     for steps in run_config.eval_steps if run_config.evaluate else (*run_config.eval_steps, config.sampling_steps):
         try:
             evaluated(run_config, config, steps)

@@ -1,15 +1,15 @@
 """The environments: a prompt goes in, a completion comes out, a reward is computed. No torch here.
 
-    task       question (what the tiny model reads)   completion          reward if correct
-    countdown  "03 07 12=16"                          "12+7-3"            3.0
-    sudoku     "a31d2fg4i4kl1n43" (letters: empty)    "4312213434211243"  1.0
-    gsm8k      "Janet's ducks lay 16 eggs per day..." "<answer>18</answer>"            3.0
-    math       "Convert the point $(0,3)$..."         "<answer>\\boxed{5}</answer>"   3.0
+    task       question (what the tiny model reads)    completion                      reward if correct
+    countdown  "03 07 12=16"                           "12+7-3"                        3.0
+    sudoku     "a31d2fg4i4kl1n43" (letters: empty)     "4312213434211243"              1.0
+    gsm8k      "Janet's ducks lay 16 eggs per day..."  "<answer>18</answer>"           3.0
+    math       "Convert the point $(0,3)$..."          "<answer>\\boxed{5}</answer>"   3.0
 
 TASKS holds the tasks as the tiny character-level model reads them: the bare question. CHAT_TASKS holds them for an
 instruction-tuned model: a system message explains, the model may reason first, gives its answer in <answer> tags, and
 chat=True adds credit for form. A completion is hostile input: it is bounded and parsed, never evaluated, and what
-does not parse earns nothing but that.
+does not parse earns no more than credit for form.
 
     task = TASKS["countdown"]
     example = task.load("test")[0]
@@ -96,8 +96,8 @@ class Task:
 
     def messages(self, example):
         """The prompt as a chat; the tiny model's template renders the user's message alone."""
-        system = self.system.format(asked=self.asked)
-        return [{"role": "system", "content": system}, {"role": "user", "content": self.question(example)}]
+        question = {"role": "user", "content": self.question(example)}
+        return [{"role": "system", "content": self.system}, question]
 
 
 def read_rows(path):
@@ -204,14 +204,14 @@ class Countdown(Task):
     MAX_NUMBER = 20
     NUM_TEST, NUM_VALIDATION = 1000, 500  # all other pairs are for training
     completion_length = 8  # three numbers of two digits, two operators
-    asked = "A question `a b c=t` gives three numbers and then the target t"
-    system = (
+    rules = (
         "You play a number game. {asked}. Build an arithmetic expression that is worth exactly the target, with each "
         "of the numbers used once and no other number. You may use +, -, *, / and parentheses.\n"
         "Work it out between <think> and </think>. Then give the expression, an equals sign and the target between "
         "<answer> and </answer>, and nothing else there. For the numbers 2, 9, 4 and the target 7 a good reply is:\n"
         "<think>9 + 2 = 11 and 11 - 4 = 7.</think>\n<answer>9+2-4=7</answer>"
     )
+    system = rules.format(asked="A question `a b c=t` gives three numbers and then the target t")
 
     def _split(self, split):
         held_out = self.NUM_TEST + self.NUM_VALIDATION
@@ -284,7 +284,7 @@ class ChatCountdown(Countdown):
     """Countdown as instruction-tuned models are asked it: numbers up to 99, targets up to 100, all four operations."""
 
     MAX_NUMBER, NUM_TRAIN = 99, 20000
-    asked = "A question gives some numbers and the target"
+    system = Countdown.rules.format(asked="A question gives some numbers and the target")
 
     @functools.cache  # noqa: B019
     def _examples(self):
@@ -370,14 +370,14 @@ class Sudoku(Task):
 
     MIN_BLANKS, MAX_BLANKS = 6, 12  # 12 is the most that leaves a single solution
     completion_length = 16
-    asked = "a digit from 1 to 4 is given, a letter marks an empty cell"
-    system = (
+    rules = (
         "You solve small Sudoku puzzles. A question is a 4x4 grid, written as its four rows from top to bottom; "
         "{asked}. Fill the empty cells so that each row, each column and each 2x2 corner box contains 1, 2, 3 and 4 "
         "once. The given digits stay where they are.\n"
         "Work it out between <think> and </think>. Then write all 16 digits of the full grid, row after row, between "
         "<answer> and </answer>, and nothing else there."
     )
+    system = rules.format(asked="a digit from 1 to 4 is given, a letter marks an empty cell")
 
     @functools.cache  # noqa: B019
     def _split(self, split):
@@ -468,7 +468,7 @@ class Sudoku(Task):
 class ChatSudoku(Sudoku):
     """Sudoku as instruction-tuned models are asked it: 0 for an empty cell, after three solved examples."""
 
-    asked = "0 marks an empty cell"
+    system = Sudoku.rules.format(asked="0 marks an empty cell")
     # Their grids occur in neither of the test files that the AGRPO and d1 repositories publish.
     SHOTS = {
         "0041003040030024": "2341143242133124",
@@ -504,12 +504,10 @@ class GSM8K(Task):
 
     TRAIN, TEST = ("openai/gsm8k", "main", "train"), ("madrylab/gsm8k-platinum", None, "test")
     NUM_VALIDATION = 200  # held out of the training questions
-    completion_length = 1  # of the shortest answer
-    asked = ""
     system = (
         "You solve mathematical problems. Reason step by step between <think> and </think>. Then give the final result "
-        "alone, in the form \\boxed{{result}}, between <answer> and </answer>, as in:\n"
-        "<think>3 boxes of 4 pens are 12 pens.</think>\n<answer>\\boxed{{12}}</answer>"
+        "alone, in the form \\boxed{result}, between <answer> and </answer>, as in:\n"
+        "<think>3 boxes of 4 pens are 12 pens.</think>\n<answer>\\boxed{12}</answer>"
     )
 
     @functools.cache  # noqa: B019
@@ -523,8 +521,8 @@ class GSM8K(Task):
     def _training_examples(self):
         return self._hub(*self.TRAIN)
 
-    def _hub(self, repository, name, split, skip_malformed=False):
-        """The examples of a data set on the hub, where there is a network."""
+    def _hub(self, repository, name, split, wanted=lambda row: True):
+        """The examples of a data set on the hub, where there is a network, out of its `wanted` rows."""
         try:
             from datasets import load_dataset
         except ModuleNotFoundError as error:
@@ -536,14 +534,7 @@ class GSM8K(Task):
             raise ValueError(
                 f"the hub did not give {repository}; a local file can take its place: --data PATH ({reason})"
             ) from error
-        examples = []
-        for number, row in enumerate(rows, 1):
-            try:
-                examples.append(self._checked(row, f"{repository}, row {number}"))
-            except ValueError:
-                if not skip_malformed:
-                    raise
-        return examples
+        return [self._checked(row, f"{repository}, row {n}") for n, row in enumerate(rows, 1) if wanted(row)]
 
     def _from_row(self, row):
         """Columns question and answer, whose last line is "#### 18"."""
@@ -586,8 +577,9 @@ class MATH(GSM8K):
 
     def _training_examples(self):
         tests = {example["question"] for example in self._split("test")}
-        rows = self._hub(*self.TRAIN, skip_malformed=True)  # a few of its solutions box no answer
-        return [row for row in rows if row["question"] not in tests and row["level"] <= self.MAX_LEVEL]
+        # A few of its solutions box no answer. A row without a solution is wanted: it is malformed and says so.
+        examples = self._hub(*self.TRAIN, wanted=lambda row: "solution" not in row or _boxed(row["solution"]))
+        return [e for e in examples if e["question"] not in tests and e["level"] <= self.MAX_LEVEL]
 
     def _from_row(self, row):
         """Columns problem, and answer, or a solution with a \\boxed answer; level is a number or "Level 3"."""

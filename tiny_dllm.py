@@ -129,6 +129,7 @@ class MaskedDiffusionLM(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.mask_token_id, self.eos_token_id = config, config.mask_token_id, config.eos_token_id
+        self.name_or_path = self.revision = None  # where the weights came from; peft writes both into adapters
         self.gradient_checkpointing = False  # keep one activation per block and compute the others again: less memory
         transformer = {
             # Not nn.Embedding(...), whose own random numbers would be drawn only to be overwritten.
@@ -182,8 +183,9 @@ class MaskedDiffusionLM(nn.Module):
     def from_pretrained(cls, path_or_hub_id, dtype=None, device="cpu", revision=None):
         """Our model with the weights of a folder or hub repository of LLaDA's structure, in dtype, on the device.
 
-        Tensor by tensor into a model that has no memory yet, so that no weight is ever held twice. Raises ValueError,
-        in one line, on another structure, missing, surplus or misshapen tensors, broken files, and pickles.
+        Tensor by tensor into a model that has no memory yet, from a file that is mapped: one tensor is held twice at most.
+        Raises ValueError, in one line, on another structure, missing, surplus or misshapen tensors, broken files, and
+        pickles.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -210,7 +212,7 @@ class MaskedDiffusionLM(nn.Module):
                         model.load_state_dict({name: tensor}, strict=False, assign=True)
         except (SafetensorError, OSError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"the weights in {folder} do not fit: {' '.join(str(error).split())}") from error
-        # peft writes both into adapters, so that they find their base. A snapshot's folder is named after its commit.
+        # A snapshot's folder is named after its commit.
         model.name_or_path = str(path_or_hub_id)
         model.revision = None if os.path.isdir(path_or_hub_id) else os.path.basename(folder)
         return model
@@ -311,7 +313,9 @@ def add_lora(model, rank, alpha, generator):
     )
     model = peft.get_peft_model(model, lora)
     for name, parameter in model.named_parameters():
-        if "lora_A" in name:  # peft's own distribution, but from our generator
+        if (
+            "lora_A" in name
+        ):  # A (rank, inputs): peft's own distribution, but from our generator. B (outputs, rank) is 0
             bound = 1 / math.sqrt(parameter.shape[1])
             parameter.data.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
     return model.eval()

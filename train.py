@@ -8,8 +8,8 @@
     python train.py --evaluate llada --task gsm8k --eval-steps 32 64 128
 
 A run measures the base model (the tiny one is trained first), improves it with rewards alone (agrpo.py), and measures
-it again. Reading order: RunConfig, policy_gradient, reinforce, pretrain, grade, run. --model and --task choose the
-defaults that --help shows.
+it again. Reading order: settings.RunConfig, then policy_gradient, update, reinforce, pretrain, grade, run. --model and
+--task choose the defaults that --help shows.
 """
 
 import copy
@@ -120,7 +120,7 @@ def grade(model, tokenizer, task, examples, config, run_config, description):
     Returns dicts in the order of the examples: prompt, completion, correct, length (tokens other than <eos>), seconds.
     """
     _, generator = streams(run_config.seed, "evaluation")
-    mine = range(runs.rank(), len(examples), runs.processes())
+    mine = range(runs.rank(), len(examples), runs.processes())  # may be empty; only gather is then left to do
     ids, mask = encode(tokenizer, task, [examples[i] for i in mine or [0]], next(model.parameters()).device)
     rows, records = rows_per_pass(run_config, ids, config), {}
     # A bar where it takes more than two seconds.
@@ -128,7 +128,7 @@ def grade(model, tokenizer, task, examples, config, run_config, description):
         for chunk in torch.arange(len(mine)).split(rows) if mine else ():
             started = time.perf_counter()
             width = int(mask[chunk].sum(1).max())  # no column of padding alone
-            run = agrpo.rollout(model, ids[chunk, -width:], mask[chunk, -width:], config, generator)
+            run = agrpo.rollout(model, ids[chunk, -width:], mask[chunk, -width:], config, generator)  # (rows, width)
             answers = decode(tokenizer, run.completion_ids)
             lengths = (run.completion_ids != model.eos_token_id).sum(1).tolist()
             seconds = (time.perf_counter() - started) / len(chunk)
@@ -287,7 +287,7 @@ def allowed(examples, task, run_config):
     held = {task.key(example) for example in task.read(run_config.exclude)} if run_config.exclude else set()
     kept = [example for example in examples if task.key(example) not in held]
     if not kept:
-        raise ValueError(f"--exclude {run_config.exclude} leaves nothing to train on")
+        raise ValueError(f"there is nothing to train on (--exclude {run_config.exclude or 'is empty'})")
     return kept
 
 
@@ -335,13 +335,14 @@ def policy_gradient(model, prompts, run_config, config, task, tokenizer, generat
     G, chat = config.num_generations, run_config.model != "tiny"
     ids, mask = encode(tokenizer, task, prompts, next(model.parameters()).device)
     # Each prompt G times in a row: the G neighbours are the group whose rewards are compared.
-    ids, mask, rows = ids.repeat_interleave(G, 0), mask.repeat_interleave(G, 0), rows_per_pass(run_config, ids, config)
+    ids, mask = ids.repeat_interleave(G, 0), mask.repeat_interleave(G, 0)  # (prompts, P) -> (B, P)
+    rows = rows_per_pass(run_config, ids, config)
     rollout = agrpo.rollout(model, ids, mask, config, generator, rows)
     answers = list(zip(decode(tokenizer, rollout.completion_ids), [p for p in prompts for _ in range(G)]))
-    rewards = torch.tensor([task.reward(*answer, chat=chat) for answer in answers])
-    advantages = agrpo.group_advantages(rewards, G)
+    rewards = torch.tensor([task.reward(*answer, chat=chat) for answer in answers])  # R (B,)
+    advantages = agrpo.group_advantages(rewards, G)  # A (B,)
     stats = agrpo.accumulate_gradient(model, rollout, advantages, config, generator, rows, reference)
-    written = rollout.unmask_step < config.sampling_steps
+    written = rollout.unmask_step < config.sampling_steps  # (B, n): not what an early stop filled in
     return {
         "reward": rewards.mean().item(),
         "accuracy": sum(task.is_correct(*answer) for answer in answers) / len(answers),
@@ -423,7 +424,7 @@ def evaluate(run_config, config):
     task.prepare()
     name = str(folder / "model") if a_run else HUB_IDS.get(run_config.evaluate, run_config.evaluate)
     model, tokenizer = load_model(name, run_config)
-    if run_config.prompt:
+    if run_config.prompt is not None:
         policy = evaluated(run_config, config, config.sampling_steps)
         return answer(model, tokenizer, task, task.parse_question(run_config.prompt), policy, run_config.seed)
     # Of the file that the run was trained on, the part that was held out.

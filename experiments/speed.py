@@ -155,7 +155,7 @@ def random_model(setting, device, dtype):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.fill_(1.0) if "norm" in name or "ln_f" in name else parameter.normal_(std=0.02)
-    model.revision, model.gradient_checkpointing = None, setting.gradient_checkpointing
+    model.gradient_checkpointing = setting.gradient_checkpointing
     if setting.lora_rank:
         model = tiny_dllm.add_lora(model, setting.lora_rank, setting.lora_rank, torch.Generator().manual_seed(0))
     return model

@@ -65,7 +65,6 @@ def test_the_gradient_is_that_of_the_official_formula(model, options, moved, lor
     config = make_config(**paper | options)
     if lora:
         pytest.importorskip("peft")
-        model.revision = None
         model = add_lora(model, 4, 8, torch.Generator().manual_seed(1))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
