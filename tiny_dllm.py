@@ -183,7 +183,7 @@ class MaskedDiffusionLM(nn.Module):
     def from_pretrained(cls, path_or_hub_id, dtype=None, device="cpu", revision=None):
         """Our model with the weights of a folder or hub repository of LLaDA's structure, in dtype, on the device.
 
-        Tensor by tensor into a model that has no memory yet, from a file that is mapped: one tensor is held twice at most.
+        Tensor by tensor into a model without memory, from a file that is mapped: one tensor is held twice at most.
         Raises ValueError, in one line, on another structure, missing, surplus or misshapen tensors, broken files, and
         pickles.
         """
