@@ -20,6 +20,7 @@ import csv
 import functools
 import itertools
 import json
+import logging
 import operator
 import os
 import random
@@ -527,6 +528,7 @@ class GSM8K(Task):
             from datasets import load_dataset
         except ModuleNotFoundError as error:
             raise ValueError("questions from the hub need datasets: pip install datasets; or --data PATH") from error
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would tell of every retry
         try:
             rows = load_dataset(repository, name, split=split)
         except Exception as error:  # its own kinds differ between releases
