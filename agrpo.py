@@ -54,25 +54,32 @@ class AGRPOConfig:
     completion_length: int = 256  # n: tokens of a completion
     sampling_steps: int = 128  # m: denoising steps; each writes n / m tokens in parallel
     block_length: int | None = None  # blocks are finished left to right; None: one block of n
-    unmasking: str = "random"  # random | left_to_right | low_confidence (evaluation only): which positions next
+    unmasking: str = "random"  # random | left_to_right | low_confidence: which positions next
     temperature: float = 1.0  # 0 decodes greedily (evaluation only)
     top_k: int | None = None  # choose among this many likeliest tokens; 0: all
     top_p: float = 1.0  # then the fewest whose probability reaches p (needs top_k)
     num_generations: int = 8  # G: completions per prompt
     mc_samples: int = 8  # k: timesteps per completion in an update; k >= T takes each step once, exactly
-    importance_sampling: str = "uniform"  # uniform | entropy: how timesteps are drawn
+    importance_sampling: str = "uniform"  # uniform | entropy | top_entropy (EGSPO's, biased): how timesteps are drawn
+    uniform_share: float = 0.0  # of the entropy proposal that is uniform instead: bounds the weights at 1 / share
     low_discrepancy: bool = True  # stratify the k draws within each completion
     horizon: str = "executed"  # executed | last_non_eos (the paper's, biased)
     normalization: str = "constant"  # constant (1/m) | trajectory (1/T, the paper's, biased if T varies)
     epsilon_low: float = 0.2  # the ratio is clipped from below at 1 - epsilon_low
     epsilon_high: float = 0.2  # and from above at 1 + epsilon_high
     beta: float = 0.0  # weight of the KL divergence to a reference model
+    entropy_bonus: float = 0.0  # weight of the entropy of the policy at the drawn steps
+    allocation: str = "completion"  # completion: k timesteps each | batch: k B in all, where |A_t| sqrt(H_t) is large
+    step_baseline: str = "none"  # none | constant (EGSPO-SA's) | ramp (c = t / m): subtract c r_t from the reward
+    step_coefficient: float = 1 / 3  # c of the constant step baseline: lambda / (1 + lambda) in the paper
 
     def __post_init__(self):
         n, m = self.completion_length, self.sampling_steps
         choices = {
             "unmasking": ("random", "left_to_right", "low_confidence"),
-            "importance_sampling": ("uniform", "entropy"),
+            "importance_sampling": ("uniform", "entropy", "top_entropy"),
+            "allocation": ("completion", "batch"),
+            "step_baseline": ("none", "constant", "ramp"),
             "horizon": ("executed", "last_non_eos"),
             "normalization": ("constant", "trajectory"),
         }
@@ -96,6 +103,14 @@ class AGRPOConfig:
         require(0 <= self.epsilon_low <= 1, f"epsilon_low is {self.epsilon_low}: in [0, 1]")
         require(self.epsilon_high >= 0, f"epsilon_high is {self.epsilon_high}: not negative")
         require(self.beta >= 0, f"beta is {self.beta}: not negative")
+        require(self.entropy_bonus >= 0, f"entropy_bonus is {self.entropy_bonus}: not negative")
+        require(0 <= self.uniform_share <= 1, f"uniform_share is {self.uniform_share}: in [0, 1]")
+        require(0 <= self.step_coefficient <= 1, f"step_coefficient is {self.step_coefficient}: in [0, 1]")
+        if self.allocation == "batch":
+            require(self.importance_sampling != "top_entropy", "allocation batch draws: top_entropy does not")
+            require(self.low_discrepancy, "allocation batch is always stratified: low_discrepancy")
+            covered = self.uniform_share > 0 or (self.beta == 0 and self.entropy_bonus == 0)
+            require(covered, "beta and entropy_bonus need uniform_share > 0 under allocation batch: A_t may be 0")
 
     @property
     def blocks(self):
@@ -152,6 +167,11 @@ def kept_ids(logits, mask_token_id, config):
     return F.pad(ids, (0, config.top_k - ids.shape[-1]), value=-1)
 
 
+def likeliest(logits, mask_token_id):
+    """The likeliest token (N,) other than [MASK] at each of N positions."""
+    return logits.index_fill(-1, torch.tensor(mask_token_id, device=logits.device), -torch.inf).argmax(-1)
+
+
 def entropy(logp):
     """H = - sum_v p_v log p_v in nats, over the last dimension."""
     return -(logp.exp() * logp).sum(-1)
@@ -200,12 +220,26 @@ class Rollout:
     entropies: torch.Tensor  # (B, n): entropy of the distribution it was drawn from, 0 where none was
     steps_taken: torch.Tensor  # (B,) long: executed steps; fewer than m after an early stop
     support_ids: torch.Tensor | None = None  # (B, n, top_k) long: kept ids, -1 = unused; None without top_k
+    drawn_ids: torch.Tensor | None = None  # (B, m, n) long, low confidence alone: every token drawn, -1 = none
+    drawn_logprobs: torch.Tensor | None = None  # (B, m, n): their log-probabilities
+    drawn_entropy: torch.Tensor | None = None  # (B, m): the summed entropy of their distributions
+    greedy_ids: torch.Tensor | None = None  # (B, m, n) long: each state with its [MASK]s filled by the likeliest tokens
     mask_token_id: int | None = None
     eos_token_id: int | None = None
 
     def unmasked_at(self, t):
-        """(B, n) bool: the positions that the action at step t (B,) writes."""
+        """(B, n) bool: the positions that step t (B,) writes."""
         return self.unmask_step == t[:, None]
+
+    def action_at(self, t):
+        """The action at step t (B,): the positions it draws (B, n) bool, the tokens (B, n), their log-probabilities.
+
+        What is drawn is written, but under low confidence: there the action is all that was drawn, and keeping the
+        most confident of it is the environment's answer. The score of the kept tokens alone would be biased."""
+        if self.drawn_ids is None:
+            return self.unmasked_at(t), self.completion_ids, self.logprobs
+        rows = torch.arange(len(t), device=t.device)
+        return self.drawn_ids[rows, t] >= 0, self.drawn_ids[rows, t], self.drawn_logprobs[rows, t]
 
     def state_at(self, t):
         """(B, P + n) ids that the model saw before step t (B,): what was written at t or later is [MASK]."""
@@ -233,6 +267,35 @@ def draw_unmask_steps(batch, config, generator):
     return slots.view(batch, n)
 
 
+def empty_rollout(model, prompt_ids, prompt_mask, config, generator):
+    """The Rollout before step 0: everything is [MASK]. Its optional parts exist where the config needs them."""
+    device, batch, n, m = prompt_ids.device, len(prompt_ids), config.completion_length, config.sampling_steps
+    keep_draws = config.unmasking == "low_confidence" and config.temperature > 0
+
+    def numbers(*shape):
+        return torch.zeros(shape, dtype=torch.float64, device=device)  # holds float32 and float64 unrounded
+
+    def ids(*shape, value=-1):
+        return torch.full(shape, value, device=device)
+
+    return Rollout(
+        prompt_ids,
+        prompt_mask,
+        completion_ids=ids(batch, n, value=model.mask_token_id),
+        unmask_step=draw_unmask_steps(batch, config, generator).to(device),
+        logprobs=numbers(batch, n),
+        entropies=numbers(batch, n),
+        steps_taken=ids(batch, value=0),
+        support_ids=ids(batch, n, config.top_k) if config.top_k else None,
+        drawn_ids=ids(batch, m, n) if keep_draws else None,
+        drawn_logprobs=numbers(batch, m, n) if keep_draws else None,
+        drawn_entropy=numbers(batch, m) if keep_draws else None,
+        greedy_ids=ids(batch, m, n, value=model.eos_token_id) if config.step_baseline != "none" else None,
+        mask_token_id=model.mask_token_id,
+        eos_token_id=model.eos_token_id,
+    )
+
+
 @torch.no_grad()
 def rollout(model, prompt_ids, prompt_mask, config, generator, micro_batch=None):
     """Sample one completion per row of prompt_ids (B, P) under the policy: m forward passes, fewer if all rows stop.
@@ -241,22 +304,10 @@ def rollout(model, prompt_ids, prompt_mask, config, generator, micro_batch=None)
 
     A completion whose block came out all <eos> stops: the rest is filled with <eos> without an action.
     Low-confidence unmasking draws every masked token of the block and keeps those of highest recorded
-    log-probability; temperature 0 takes the likeliest token and records it at temperature 1. Both are for evaluation.
+    log-probability; temperature 0, for evaluation, takes the likeliest token and records it at temperature 1.
     """
     device, batch, n, m = prompt_ids.device, len(prompt_ids), config.completion_length, config.sampling_steps
-    zeros = torch.zeros(batch, n, dtype=torch.float64, device=device)  # holds float32 and float64 unrounded
-    run = Rollout(
-        prompt_ids,
-        prompt_mask,
-        completion_ids=torch.full((batch, n), model.mask_token_id, device=device),
-        unmask_step=draw_unmask_steps(batch, config, generator).to(device),
-        logprobs=zeros.clone(),
-        entropies=zeros.clone(),
-        steps_taken=torch.zeros(batch, dtype=torch.long, device=device),
-        support_ids=torch.full((batch, n, config.top_k), -1, device=device) if config.top_k else None,
-        mask_token_id=model.mask_token_id,
-        eos_token_id=model.eos_token_id,
-    )
+    run = empty_rollout(model, prompt_ids, prompt_mask, config, generator)
     steps_per_block, block_length = m // config.blocks, n // config.blocks
     rows = torch.arange(batch, device=device)  # those still running
     for t in range(m):
@@ -287,7 +338,11 @@ def write_step(model, run, rows, t, block, config, u):
     candidates = run.unmask_step[rows] == t  # (b, n) bool, N positions in all
     if low_confidence:
         candidates[:, block] = ids[:, block] == run.mask_token_id
-    logits = logits_at(model, torch.cat([run.prompt_ids[rows], ids], 1), run.prompt_mask[rows], candidates)
+    asked = candidates if run.greedy_ids is None else ids == run.mask_token_id  # rows of the head to compute
+    logits = logits_at(model, torch.cat([run.prompt_ids[rows], ids], 1), run.prompt_mask[rows], asked)
+    if run.greedy_ids is not None:
+        run.greedy_ids[rows, t] = ids.masked_scatter(asked, likeliest(logits, run.mask_token_id))
+        logits = logits[candidates[asked]]
     support = kept_ids(logits, run.mask_token_id, config)  # (N, top_k) or None
     logp = token_logprobs(logits, run.mask_token_id, config.temperature or 1.0, support)  # (N, V or top_k)
     if config.temperature == 0:
@@ -302,6 +357,11 @@ def write_step(model, run, rows, t, block, config, u):
         confidence[candidates] = token_logp
         best = confidence.topk(config.tokens_per_step[t]).indices  # (b, tokens per step)
         written = torch.zeros_like(candidates).scatter(1, best, True)
+    if run.drawn_ids is not None:
+        run.drawn_ids[rows, t] = run.drawn_ids[rows, t].masked_scatter(candidates, tokens)
+        run.drawn_logprobs[rows, t] = run.drawn_logprobs[rows, t].masked_scatter(candidates, token_logp.double())
+        row_of_token = rows[candidates.nonzero()[:, 0]]  # (N,)
+        run.drawn_entropy[:, t].index_add_(0, row_of_token, entropy(logp).double())
     row, column = written.nonzero(as_tuple=True)
     at, keep = (rows[row], column), written[candidates]
     run.completion_ids[at] = tokens[keep]
@@ -330,6 +390,40 @@ def group_advantages(rewards, G, scale_by_std=False):
     return centred.masked_fill((groups == groups[:, :1]).all(1, keepdim=True), 0).flatten()  # rounding leaves 3e-8
 
 
+def stepwise_advantages(rewards, step_rewards, taken, G, c, gate):
+    """A_t = R - c r_t - mean over the other completions j of the group of (R_j - c r_jt), times (G - 1) / G -> (B, m).
+
+    rewards R (B,); step_rewards (B, m): r_t, the reward of the greedy completion of the state before step t; taken (B,)
+    executed steps, after which r_t is R; c a number or (m,), one per step. c = 0 gives group_advantages. EGSPO-SA's
+    return (R + lambda (R - r_t)) / (1 + lambda) is R - c r_t with c = lambda / (1 + lambda).
+
+    r_t is a function of the state, which comes before the action, and the mean looks at other completions alone:
+    subtracting them leaves the expected gradient as it is, however timesteps are drawn. The mean is taken at the same
+    step t; EGSPO's, slot by slot over the steps that happened to be selected, is biased, as later states decide which.
+    gate: c is 0 for a completion whose fellows all agree in reward. The gate does not look at the completion itself,
+    so it changes no expectation, and a group that agrees costs nothing.
+    """
+    m, plain = step_rewards.shape[1], group_advantages(rewards, G)  # (B,)
+    require(bool(torch.isfinite(step_rewards).all()), "a reward is not finite")
+    executed = torch.arange(m, device=taken.device) < taken[:, None]  # (B, m)
+    r = step_rewards.where(executed, rewards[:, None]).view(-1, G, m)
+    centred = (r - (r.sum(1, keepdim=True) - r) / (G - 1)).view(-1, m)  # r_t less the mean of the others
+    if gate:
+        others = ~torch.eye(G, dtype=torch.bool, device=rewards.device)
+        fellows = rewards.view(-1, 1, G).expand(-1, G, G)[:, others].view(-1, G - 1)  # (B, G - 1)
+        centred = centred * (fellows != fellows[:, :1]).any(1, keepdim=True)
+    return plain[:, None] - c * centred * (G - 1) / G
+
+
+def step_coefficients(config):
+    """c of every step (m,). ramp: t / m, the share of the steps that r_t already knows; the best c, regressed on
+    earlier batches, is close to it from the base model to a trained one (experiments/variance.py)."""
+    t = torch.arange(config.sampling_steps)
+    return (
+        t / len(t) if config.step_baseline == "ramp" else torch.full_like(t, config.step_coefficient, dtype=torch.float)
+    )
+
+
 def horizon_of(rollout, config):
     """T (B,): the steps t < T enter the gradient.
 
@@ -343,14 +437,29 @@ def horizon_of(rollout, config):
     return rollout.unmask_step.where(rollout.completion_ids != rollout.eos_token_id, 0).amax(1) + 1
 
 
+def step_entropies(rollout, m):
+    """H (B, m) float64: the summed entropy (plus 1e-8) of the tokens drawn at each step, 0 nats where none was."""
+    if rollout.drawn_entropy is not None:
+        return rollout.drawn_entropy + 1e-8
+    floor = torch.full((len(rollout.unmask_step), m + 1), 1e-8, dtype=torch.float64, device=rollout.unmask_step.device)
+    # Column m collects what the early stop filled in.
+    return floor.scatter_add(1, rollout.unmask_step, rollout.entropies.double())[:, :m]
+
+
 def proposal(rollout, config):
-    """Unnormalised q (B, m) float64: how likely each step is to be drawn. entropy: the summed entropy of the tokens
-    written at the step (plus 1e-8), large where the model had a choice and the gradient tends to be large."""
-    batch, m = len(rollout.unmask_step), config.sampling_steps
-    q = torch.ones(batch, m + 1, dtype=torch.float64, device=rollout.unmask_step.device)
-    if config.importance_sampling == "entropy":  # column m collects what the early stop filled in
-        q = q.mul(1e-8).scatter_add(1, rollout.unmask_step, rollout.entropies.double())
-    return q[:, :m]
+    """q (B, m) float64, rows sum to 1: how likely each step t < T is to be drawn.
+
+    entropy: in proportion to the entropy of the step, large where the model had a choice and the gradient tends to be
+    large. A step of entropy near 0 can then weigh 1e7; uniform_share a mixes in the uniform distribution:
+    q = (1 - a) H_t / sum H + a / T, so that no step weighs more than 1 / a times what it does in a uniform draw.
+    """
+    m, T = config.sampling_steps, horizon_of(rollout, config)[:, None]
+    executed = torch.arange(m, device=T.device) < T  # (B, m)
+    uniform = executed.double() / T
+    if config.importance_sampling == "uniform":
+        return uniform
+    H = step_entropies(rollout, m).where(executed, 0.0)
+    return (1 - config.uniform_share) * (H / H.sum(1, keepdim=True)) + config.uniform_share * uniform
 
 
 def steps_from_uniforms(q, u):
@@ -366,24 +475,69 @@ def sample_timesteps(rollout, config, generator):
     low_discrepancy: one uniform U per completion, u_j = (j + U) / k. u_j is uniform on its stratum, and together the
     k strata cover [0, 1) once: the expectation of the sum is the same, its variance smaller. A single slot is not
     distributed as q, so nothing may be averaged or subtracted slot by slot.
+    top_entropy takes the k steps of highest entropy, with the weights of a uniform draw (EGSPO): biased, as the
+    other steps are never seen (relative bias 0.4 to 0.8 on enumerable models), and of lower variance.
     """
     m, k = config.sampling_steps, config.mc_samples
     T = horizon_of(rollout, config)[:, None]  # (B, 1)
     device = T.device
-    q = proposal(rollout, config).where(torch.arange(m, device=device) < T, 0.0)
-    q = q / q.sum(1, keepdim=True)
+    q = proposal(rollout, config)
     slot = torch.arange(k, device=device)
-    if config.low_discrepancy:
-        u = (slot + uniforms((len(T), 1), generator).to(device)) / k
+    if config.importance_sampling == "top_entropy":
+        steps = q.argsort(dim=1, descending=True, stable=True)[:, slot.clamp(max=m - 1)]
+        weights = (T / k).expand(-1, k).double()
     else:
-        u = uniforms((len(T), k), generator).to(device)
-    steps = steps_from_uniforms(q, u)
-    weights = 1 / (k * q.gather(1, steps))
+        if config.low_discrepancy:
+            u = (slot + uniforms((len(T), 1), generator).to(device)) / k
+        else:
+            u = uniforms((len(T), k), generator).to(device)
+        steps = steps_from_uniforms(q, u)
+        weights = 1 / (k * q.gather(1, steps))
     # With k >= T there is nothing to estimate: every step once, with weight 1; spare slots weigh 0.
     exhaustive = k >= T
     steps = torch.where(exhaustive, slot.minimum(T - 1), steps)
     weights = torch.where(exhaustive, (slot < T).double(), weights)
     return steps, weights / (T if config.normalization == "trajectory" else m)
+
+
+def batch_probabilities(rollout, advantages, config):
+    """p (B, m) float64: with what probability each step is taken when k draws per completion are shared by the batch.
+
+    The variance is least where p is in proportion to the norm of a step's term, |A_t| ||grad log pi(a_t | s_t)||, and
+    the squared norm of the score is about as large as the entropy H_t: p_it = min(1, lambda |A_it| sqrt(H_it)), without
+    sqrt(H_it) for uniform importance sampling, lambda such that sum p = k x completions with any advantage. advantages
+    (B, m). uniform_share of it is uniform over the steps that can contribute, and bounds the weights.
+    """
+    T = horizon_of(rollout, config)[:, None]
+    needed = torch.arange(config.sampling_steps, device=T.device) < T  # (B, m)
+    if config.beta == 0 and config.entropy_bonus == 0:
+        needed = needed & (advantages != 0)
+    score = advantages.double().abs() * needed
+    if config.importance_sampling == "entropy":
+        score = score * step_entropies(rollout, config.sampling_steps).sqrt()
+    score = score / score.sum().clamp(min=1e-300)
+    uniform = needed / needed.sum().clamp(min=1)
+    score = (1 - config.uniform_share) * score + config.uniform_share * uniform
+    total = config.mc_samples * int(needed.any(1).sum())
+    return inclusion_probabilities(score, total)
+
+
+def inclusion_probabilities(score, total):
+    """p = min(1, lambda score), of any shape, with sum p = total, or 1 for every positive score if they are fewer."""
+    certain = torch.zeros_like(score, dtype=torch.bool)
+    while True:  # each round makes at least one more step certain
+        rest = score.where(~certain, 0.0)
+        p = (rest * ((total - certain.sum()) / rest.sum().clamp(min=1e-300))).where(~certain, 1.0)
+        if not (p > 1).any():
+            return p
+        certain |= p >= 1
+
+
+def systematic_draw(p, U):
+    """Which steps are taken, 0 or 1 of the shape of p, each with probability p, all by one uniform U (): with the p
+    laid end to end, those that contain an integer - U. No step is taken twice, and neighbours share luck evenly."""
+    passed = (p.flatten().cumsum(0) + U).floor()  # integers in front of each end
+    return passed.diff(prepend=passed.new_zeros(1)).view_as(p)
 
 
 # ----------------------------------------------------------------------------- the objective and its gradient
@@ -401,24 +555,30 @@ def clipped_objective(logp, old_logp, advantage, epsilon_low, epsilon_high):
 def accumulate_gradient(model, rollout, advantages, config, generator, micro_batch, reference=None):
     """Add the gradient of the loss to .grad, `micro_batch` sequences per forward and backward pass; returns statistics.
 
-    loss = - 1/B sum_i sum_j w_ij sum_(tokens written at t_ij) [ clipped_objective - beta KL(pi || pi_ref) ]
+    loss = - 1/B sum_i sum_j w_ij sum_(tokens drawn at t_ij) [ clipped_objective - beta KL(pi || pi_ref) + bonus H ]
 
     advantages: (B,), or (B, m) for one per step. Unbiased up to the constants 1/m and (G - 1)/G for the first update
     after a rollout, with the default horizon and normalization and beta 0; later updates on the same rollout are
-    biased by per-token ratios and the clip, as in PPO. The KL is per state: exact at each visited state (for the
-    policy before top-k and top-p), it omits how theta changes which states are visited. Steps no optimizer. Raises
-    ValueError for policies whose likelihood it does not have.
+    biased by per-token ratios and the clip, as in PPO. KL and entropy H are per state: exact at each visited state (the
+    KL for the policy before top-k and top-p), they omit how theta changes which states are visited. Steps no
+    optimizer. Raises ValueError for policies whose likelihood it does not have.
     """
     require_trainable(rollout, config, reference)
     # A rollout built by hand need not carry the model's ids.
     rollout = replace(rollout, mask_token_id=model.mask_token_id, eos_token_id=model.eos_token_id)
     batch, m = len(rollout.completion_ids), config.sampling_steps
-    steps, weights = sample_timesteps(rollout, config, generator)  # (B, k)
-    # (B, m): the total weight of each step; a step drawn twice is computed once.
-    step_weights = torch.zeros(batch, m, dtype=weights.dtype, device=weights.device).scatter_add(1, steps, weights)
-    advantages = advantages.to(weights.device).reshape(batch, -1).expand(batch, m)
+    advantages = advantages.to(rollout.unmask_step.device).reshape(batch, -1).expand(batch, m)
+    if config.allocation == "batch":
+        p = batch_probabilities(rollout, advantages, config)  # (B, m)
+        taken = systematic_draw(p, uniforms((), generator).to(p.device))
+        length = horizon_of(rollout, config)[:, None] if config.normalization == "trajectory" else m
+        step_weights = taken / p.where(taken > 0, 1.0) / length
+    else:
+        steps, weights = sample_timesteps(rollout, config, generator)  # (B, k)
+        # The total weight of each step; a step drawn twice is computed once.
+        step_weights = torch.zeros(batch, m, dtype=weights.dtype, device=weights.device).scatter_add(1, steps, weights)
     needed = step_weights != 0
-    if config.beta == 0:
+    if config.beta == 0 and config.entropy_bonus == 0:
         needed &= advantages != 0  # a step without advantage has gradient exactly 0
     rows, times = needed.nonzero(as_tuple=True)  # each pair is one sequence to run forward and backward
     sums = torch.zeros(4, dtype=torch.float64, device=rows.device)  # loss, tokens, clipped tokens, KL
@@ -442,11 +602,9 @@ def accumulate_gradient(model, rollout, advantages, config, generator, micro_bat
 
 def require_trainable(rollout, config, reference):
     """Raise ValueError, in one line, where there is no gradient to compute."""
-    require(
-        config.unmasking != "low_confidence",
-        "low_confidence unmasking is for evaluation: which tokens are kept depends on all that were drawn, so the "
-        "kept ones alone are not the action and have no exact gradient here; train with random or left_to_right",
-    )
+    if config.unmasking == "low_confidence":
+        require(not config.top_k, "training with low_confidence unmasking needs top_k 0: kept sets are not stored")
+        require(rollout.drawn_ids is not None or config.temperature == 0, "the rollout lacks its drawn_ids")
     require(config.temperature > 0, "temperature 0 has no gradient: train with a positive temperature")
     require(config.beta == 0 or reference is not None, "beta > 0 needs a reference model")
     n, taken = rollout.completion_ids.shape[1], int(rollout.steps_taken.max())
@@ -457,11 +615,13 @@ def state_loss(model, part, t, weight, advantage, config, reference):
     """Loss of b states s_t and their actions: part a Rollout of b rows; t, weight, advantage (b,).
 
     Returns the loss, the ratios (N,), and the numbers of tokens, of clipped tokens and the sum of the KL."""
-    chosen = part.unmasked_at(t)  # (b, n) bool, N positions in all
+    chosen, tokens, old_logprobs = part.action_at(t)  # (b, n), N positions in all
     of_token = chosen.nonzero()[:, 0]  # (N,): the row that a position belongs to
     ids, advantage = part.state_at(t), advantage[of_token]
     logits = logits_at(model, ids, part.prompt_mask, chosen)  # (N, V)
-    logp, old_logp = policy_logprob(logits, part, chosen, config), part.logprobs[chosen]  # (N,)
+    support = None if part.support_ids is None else part.support_ids[chosen]  # (N, top_k)
+    distribution = token_logprobs(logits, part.mask_token_id, config.temperature, support)  # (N, V or top_k)
+    logp, old_logp = logprob_of(tokens[chosen], distribution, support), old_logprobs[chosen]  # (N,)
     objective = clipped_objective(logp, old_logp, advantage, config.epsilon_low, config.epsilon_high)
     kl = torch.zeros_like(objective)
     if config.beta > 0:
@@ -472,15 +632,14 @@ def state_loss(model, part, t, weight, advantage, config, reference):
             token_logprobs(logits, part.mask_token_id, config.temperature),
             token_logprobs(reference_logits, part.mask_token_id, config.temperature),
         )
-    loss = -(weight[of_token] * (objective - config.beta * kl)).sum()
+    bonus = config.entropy_bonus * entropy(distribution) if config.entropy_bonus > 0 else 0.0
+    loss = -(weight[of_token] * (objective - config.beta * kl + bonus)).sum()
     ratio = (logp.detach() - old_logp).exp()
     clipped = (advantage > 0) & (ratio > 1 + config.epsilon_high) | (advantage < 0) & (ratio < 1 - config.epsilon_low)
     return loss, ratio, torch.ones_like(ratio).sum(), clipped.sum(), kl.detach().sum()
 
 
-def policy_logprob(logits, part, chosen, config):
-    """log pi (N,) of the tokens at the chosen positions, under the very distribution they were drawn from."""
-    support = None if part.support_ids is None else part.support_ids[chosen]  # (N, top_k)
-    tokens = part.completion_ids[chosen][:, None]  # (N, 1)
-    index = tokens if support is None else (support == tokens).int().argmax(1, keepdim=True)
-    return token_logprobs(logits, part.mask_token_id, config.temperature, support).gather(1, index).squeeze(1)
+def logprob_of(tokens, distribution, support=None):
+    """log pi (N,) of tokens (N,) under the distributions they came from: (N, V), or (N, S) over a support's ids."""
+    index = tokens[:, None] if support is None else (support == tokens[:, None]).int().argmax(1, keepdim=True)
+    return distribution.gather(1, index).squeeze(1)

@@ -18,6 +18,7 @@ class RunConfig:
     """What a run does; the comments are its --help. Model and task override some defaults in PRESETS."""
 
     task: str = "countdown"  # countdown | sudoku | gsm8k | math
+    algorithm: str = "agrpo"  # agrpo | agrpo-sa | egspo | egspo-sa: chooses the defaults below, of the papers and ours
     model: str = "tiny"  # tiny: trained from scratch here | llada | hub id or folder of LLaDA's structure, or LoRA
     revision: str = ""  # commit, tag or branch on the hub; empty: the pinned one, or the newest
     data: str = ""  # questions from this JSONL, CSV or parquet file instead of the hub or the generator
@@ -26,7 +27,7 @@ class RunConfig:
     out: str = ""  # folder of the run; empty: runs/TASK-seedSEED, numbered if taken
     max_steps: int = 600  # policy-gradient updates
     learning_rate: float = 5e-4  # peak, AdamW
-    schedule: str = "linear"  # linear: ten updates of warm-up, last fifth to zero | cosine: warm-up of 1%
+    schedule: str = "linear"  # linear: ten updates of warm-up, last fifth to zero | cosine: warm-up of 1% | constant
     weight_decay: float = 0.0  # of AdamW
     adam_beta2: float = 0.999  # the gradient is mostly noise: a long memory of its square helps the tiny model
     gradient_clip: float = 0.2  # largest norm of the gradient
@@ -105,6 +106,29 @@ PRESETS = {
     ("llada", "countdown"): LLADA | {"completion_length": 128, "block_length": 16},
     ("llada", "sudoku"): LLADA | {"completion_length": 256, "block_length": 16},
 }
+EGSPO = {"importance_sampling": "top_entropy", "epsilon_high": 0.5, "beta": 0.04}
+ALGORITHMS = {  # for every model and task
+    "agrpo": {},
+    # Ours: unbiased like AGRPO, with EGSPO-SA's r_t as a baseline, and the draws where they matter.
+    "agrpo-sa": {"importance_sampling": "entropy", "allocation": "batch", "step_baseline": "ramp"},
+    "egspo": EGSPO,
+    "egspo-sa": EGSPO | {"step_baseline": "constant"},
+}
+LLADA_EGSPO = {  # what the EGSPO authors publish for LLaDA
+    "completion_length": 256,
+    "block_length": 32,
+    "sampling_steps": 128,
+    "mc_samples": 8,
+    "unmasking": "low_confidence",
+    "temperature": 0.9,
+    "top_k": 0,
+    "top_p": 1.0,
+    "learning_rate": 3e-5,
+    "schedule": "constant",
+    "weight_decay": 0.1,
+    "gradient_clip": 0.2,
+    "lora_rank": 128,
+}
 HUB_IDS = {"llada": "GSAI-ML/LLaDA-8B-Instruct"}  # short names for --model
 RESUMABLE = {"resume", "tokens_per_pass", "gradient_checkpointing", "save_every", "tracker"}  # may change on --resume
 
@@ -142,7 +166,7 @@ def defaults_for(argv):
 
     Returns (defaults, the settings stored in the run or {})."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog="train.py")
-    for name in ("task", "model", "resume", "evaluate"):
+    for name in ("task", "model", "algorithm", "resume", "evaluate"):
         first.add_argument("--" + name, default="")
     chosen = first.parse_known_args(argv)[0]
     folder = chosen.resume or chosen.evaluate
@@ -153,7 +177,11 @@ def defaults_for(argv):
     else:
         model, task = chosen.model or chosen.evaluate or RunConfig.model, chosen.task or RunConfig.task
         kind = model if model == "tiny" else "llada"
-        defaults, stored = PRESETS.get((kind, task), {}) | {"model": model, "task": task}, {}
+        algorithm = chosen.algorithm or RunConfig.algorithm
+        defaults = PRESETS.get((kind, task), {}) | ALGORITHMS.get(algorithm, {})
+        if kind == "llada" and algorithm.startswith("egspo"):
+            defaults |= LLADA_EGSPO
+        defaults, stored = defaults | {"model": model, "task": task, "algorithm": algorithm}, {}
     if chosen.evaluate:
         defaults |= {"eval_policies": ("greedy",), "eval_prompts": 0, "out": ""}
     return defaults, stored
@@ -196,7 +224,8 @@ def check(run_config, config):
     """Combinations that no single dataclass can see. Raises ValueError."""
     allowed = {
         "task": tuple(TINY) if run_config.model == "tiny" else tuple(tasks.TASKS),
-        "schedule": ("linear", "cosine"),
+        "algorithm": tuple(ALGORITHMS),
+        "schedule": ("linear", "cosine", "constant"),
         "eval_split": ("test", "validation"),
         "tracker": ("", "tensorboard", "wandb"),
     }
@@ -216,8 +245,12 @@ def check(run_config, config):
             raise ValueError(f"--{name.replace('_', '-')} needs --evaluate RUN: which model should answer?")
     if run_config.prompt is not None and not run_config.prompt.strip():
         raise ValueError("--prompt is empty")
-    if config.unmasking == "low_confidence" or config.temperature == 0:
-        raise ValueError("--unmasking low_confidence and --temperature 0 are for evaluation, which uses them anyway")
+    if config.temperature == 0:
+        raise ValueError("--temperature 0 is for evaluation, which uses it anyway: train with a positive temperature")
+    if config.unmasking == "low_confidence" and config.top_k and not run_config.evaluate:
+        raise ValueError(
+            "--unmasking low_confidence needs --top-k 0 --top-p 1: the kept sets of all draws are not stored"
+        )
     check_numbers(run_config)
     if run_config.model == "tiny" and config.completion_length < (n := tasks.TASKS[run_config.task].completion_length):
         raise ValueError(f"--completion-length {config.completion_length}: answers to {run_config.task} need {n}")

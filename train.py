@@ -306,6 +306,8 @@ def frozen_copy(model):
 def learning_rate(run_config, step):
     """linear: ten updates of warm-up, constant, to zero over the last fifth. cosine: 1% of warm-up, half a cosine."""
     share = step / run_config.max_steps
+    if run_config.schedule == "constant":
+        return run_config.learning_rate
     if run_config.schedule == "cosine":
         return run_config.learning_rate * min(
             (step + 1) / (0.01 * run_config.max_steps), 0.5 + 0.5 * math.cos(math.pi * share)
@@ -341,15 +343,31 @@ def policy_gradient(model, prompts, run_config, config, task, tokenizer, generat
     answers = list(zip(decode(tokenizer, rollout.completion_ids), [p for p in prompts for _ in range(G)]))
     rewards = torch.tensor([task.reward(*answer, chat=chat) for answer in answers])  # R (B,)
     advantages = agrpo.group_advantages(rewards, G)  # A (B,)
+    signal = (advantages.view(-1, G) != 0).any(1)  # (prompts,)
+    if config.step_baseline != "none":
+        r, c = step_rewards(rollout, tokenizer, task, prompts, chat), agrpo.step_coefficients(config)  # (B, m), (m,)
+        gate = config.step_baseline == "ramp"
+        advantages = agrpo.stepwise_advantages(rewards, r, rollout.steps_taken.cpu(), G, c, gate)  # A_t (B, m)
     stats = agrpo.accumulate_gradient(model, rollout, advantages, config, generator, rows, reference)
     written = rollout.unmask_step < config.sampling_steps  # (B, n): not what an early stop filled in
     return {
         "reward": rewards.mean().item(),
         "accuracy": sum(task.is_correct(*answer) for answer in answers) / len(answers),
         "entropy": rollout.entropies[written].mean().item(),  # nats per written token
-        "signal": (advantages.view(-1, G) != 0).any(1).float().mean().item(),  # share of groups that disagree
+        "signal": signal.float().mean().item(),  # share of groups that disagree
         **stats,
     }
+
+
+def step_rewards(rollout, tokenizer, task, prompts, chat):
+    """r_t (B, m): the reward of the greedy completion of each state. Equal answers to a prompt are judged once."""
+    batch, m, n = rollout.greedy_ids.shape
+    prompt = torch.arange(batch, device=rollout.greedy_ids.device) // (batch // len(prompts))  # (B,) index
+    rows = torch.cat([prompt.view(-1, 1, 1).expand(batch, m, 1), rollout.greedy_ids], 2).view(-1, 1 + n)
+    distinct, index = rows.unique(dim=0, return_inverse=True)  # (D, 1 + n), (B m,)
+    answers = zip(decode(tokenizer, distinct[:, 1:]), distinct[:, 0].tolist())
+    rewards = torch.tensor([task.reward(answer, prompts[i], chat=chat) for answer, i in answers])  # (D,)
+    return rewards[index.cpu()].view(batch, m)
 
 
 # -------------------------------------------------------------------------------------------------- programs

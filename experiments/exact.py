@@ -1,11 +1,11 @@
 """Is the gradient that training follows the policy gradient? Enumerate and see.
 
-    python experiments/exact.py          prints the table of the README, half a minute
+    python experiments/exact.py          prints the table of the README, a minute
 
 A micro model (three words and [MASK], four tokens) has so few trajectories that all of them can be listed, each
 with its probability, in float64. Then J = sum_tau p(tau) R(tau) is a plain function that autograd differentiates,
 and the expectation of any estimator is a finite sum: nothing is sampled, nothing is averaged, no tolerance hides
-anything. To try an estimator of your own, pass a function like `agrpo_estimator` to `expectation`.
+anything. So is its variance. To try an estimator of your own, pass a function like `agrpo_estimator` to `measure`.
 """
 
 import itertools
@@ -13,14 +13,18 @@ import math
 import statistics
 import sys
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: the project's root
 import agrpo
 from agrpo import AGRPOConfig, Rollout
+from experiments import contrasts
 from tiny_dllm import Config, MaskedDiffusionLM
 
 EOS, A, B, MASK = range(4)  # the whole vocabulary
@@ -35,108 +39,17 @@ def micro_model(seed, sharpness=1.0):
     return model
 
 
+def micro_config(**options):
+    """Four tokens, four steps, k = 2, unless told otherwise."""
+    return AGRPOConfig(**{"completion_length": 4, "sampling_steps": 4, "mc_samples": 2, "num_generations": 2} | options)
+
+
 def micro_reward(completion_ids, seed, levels=None):
     """R (B,) of completions (B, n): an arbitrary table, drawn once per seed; with `levels` distinct values if given."""
     table = torch.rand(3 ** completion_ids.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     if levels:
         table = (table * levels).floor() / (levels - 1)
     return table[(completion_ids * 3 ** torch.arange(completion_ids.shape[1])).sum(1)]
-
-
-# ------------------------------------------------------------------------------------------- enumeration
-
-
-def trajectories(config):
-    """Every (tokens, unmask_step, probability of the order, steps taken) that a rollout under `config` can produce."""
-    block, steps = config.completion_length // config.blocks, config.sampling_steps // config.blocks
-    found, running = [], [((), (), 1.0)]
-    for start in range(0, config.sampling_steps, steps):
-        slots = [t for t in range(start, start + steps) for _ in range(config.tokens_per_step[t])]
-        orders = [tuple(slots)] if config.unmasking == "left_to_right" else sorted(set(itertools.permutations(slots)))
-        grown = [
-            (tokens + more, unmask + order, p / len(orders))
-            for tokens, unmask, p in running
-            for order in orders
-            for more in itertools.product((EOS, A, B), repeat=block)
-        ]
-        last = start + steps == config.sampling_steps
-        running = [x for x in grown if not last and x[0][-block:] != (EOS,) * block]
-        stopped = grown if last else [x for x in grown if x[0][-block:] == (EOS,) * block]
-        for tokens, unmask, p in stopped:
-            rest = config.completion_length - len(tokens)
-            found.append((tokens + (EOS,) * rest, unmask + (config.sampling_steps,) * rest, p, start + steps))
-    return found
-
-
-@torch.no_grad()
-def enumerate_rollouts(model, config):
-    """All trajectories as one Rollout of B rows, as if agrpo.rollout had sampled them; p(tau) (B,); p(order) (B,)."""
-    tokens, unmask, order_p, taken = zip(*trajectories(config))
-    rows = len(tokens)
-    empty = torch.zeros(rows, config.completion_length, dtype=torch.float64)
-    run = Rollout(
-        PROMPT.repeat(rows, 1),
-        torch.ones(rows, PROMPT.shape[1], dtype=torch.bool),
-        torch.tensor(tokens),
-        torch.tensor(unmask),
-        empty.clone(),
-        empty.clone(),
-        torch.tensor(taken),
-        torch.full((*empty.shape, config.top_k), -1) if config.top_k else None,
-        MASK,
-        EOS,
-    )
-    for t in range(config.sampling_steps):
-        chosen = run.unmasked_at(torch.full((rows,), t))
-        logits = agrpo.logits_at(model, run.state_at(torch.full((rows,), t)), run.prompt_mask, chosen)
-        support = agrpo.kept_ids(logits, MASK, config)
-        if support is not None:
-            run.support_ids[chosen] = support
-            outside = (support != run.completion_ids[chosen][:, None]).all(1)
-        logp = agrpo.policy_logprob(logits, run, chosen, config)
-        run.logprobs[chosen] = logp if support is None else logp.masked_fill(outside, -math.inf)
-        run.entropies[chosen] = agrpo.entropy(agrpo.token_logprobs(logits, MASK, config.temperature, support))
-    order_p = torch.tensor(order_p, dtype=torch.float64)
-    p = order_p * run.logprobs.sum(1).exp()
-    possible = p > 0  # top-k and top-p rule some out
-    return run[possible], p[possible], order_p[possible]
-
-
-def trajectory_logp(model, run, config):
-    """log p(tokens | order) (B,), differentiable, with a softmax of its own: the oracle's half."""
-    log_p = torch.zeros(len(run.unmask_step), dtype=torch.float64)
-    for t in range(config.sampling_steps):
-        ids = torch.cat([run.prompt_ids, run.completion_ids.where(run.unmask_step < t, MASK)], 1)
-        logits = model(ids)[:, PROMPT.shape[1] :, :MASK] / config.temperature  # (B, n, 3): MASK is the last word
-        if config.top_k:
-            logits = logits.masked_fill(logits < logits.topk(config.top_k).values[..., -1:], -math.inf)
-        if config.top_p < 1:  # drop a word if the words above it already reach p
-            p = logits.softmax(-1)
-            above = (p[..., None, :] * (p[..., None, :] > p[..., :, None])).sum(-1)
-            logits = logits.masked_fill(above >= config.top_p, -math.inf)
-        token_logp = logits.log_softmax(-1).gather(2, run.completion_ids[..., None]).squeeze(2)
-        log_p = log_p + token_logp.where(run.unmask_step == t, 0).sum(1)
-    return log_p
-
-
-def exact_gradient(model, config, reward):
-    """grad J by autograd through J = sum_tau p(tau) R(tau). (parameters,)"""
-    run, _, order_p = enumerate_rollouts(model, config)
-    p = order_p * trajectory_logp(model, run, config).exp()
-    assert abs(p.sum().item() - 1) < 1e-12, "the trajectories do not exhaust the probability"
-    return flat_gradient(model, (p * reward(run.completion_ids)).sum())
-
-
-def flat_gradient(model, loss=None):
-    """Gradient of `loss` (or what has been accumulated in .grad) as one vector; clears .grad."""
-    if loss is not None:
-        loss.backward()
-    flat = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in model.parameters()])
-    model.zero_grad()
-    return flat
-
-
-# ------------------------------------------------------------------------------- expectation of an estimator
 
 
 @contextmanager
@@ -150,15 +63,153 @@ def replaced(name, value):
         setattr(agrpo, name, original)
 
 
+# ------------------------------------------------------------------------------------------- enumeration
+
+
+@torch.no_grad()
+def enumerate_rollouts(model, config):
+    """All trajectories as one Rollout of B rows; p(tau) (B,); p(order) (B,).
+
+    Written by agrpo's own write_step and stop_early; where they would draw a token, the row branches into all."""
+    run = agrpo.empty_rollout(model, PROMPT, torch.ones_like(PROMPT).bool(), config, torch.Generator())
+    order_p, running = torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.bool)
+    length, steps = config.completion_length // config.blocks, config.sampling_steps // config.blocks
+    for t in range(config.sampling_steps):
+        block = slice(t // steps * length, t // steps * length + length)
+        if t % steps == 0:
+            run, order_p, running = branch_orders(run, order_p, running, t, block, config)
+        run, order_p, running = branch_draws(model, run, order_p, running, t, block, config)
+    drawn = run.logprobs if run.drawn_ids is None else run.drawn_logprobs.flatten(1)
+    return run, order_p * drawn.sum(1).exp(), order_p
+
+
+def branch(run, order_p, running, choices):
+    """Every running row `choices` times, neighbours of each other; the stopped ones once."""
+    index = torch.arange(len(running)).repeat_interleave(torch.where(running, choices, 1))
+    return run[index], order_p[index], running[index]
+
+
+def branch_orders(run, order_p, running, t, block, config):
+    """Before the block that begins with step t: some rows stop, each of the others branches into all orders."""
+    if t > 0:
+        going = running.nonzero()[:, 0]
+        going = agrpo.stop_early(run, going, block.start, 2 * block.start - block.stop, config.sampling_steps)
+        running = torch.zeros_like(running).index_fill(0, going, True)
+    slots = [s for s in range(t, t + config.sampling_steps // config.blocks) for _ in range(config.tokens_per_step[s])]
+    orders = {
+        "random": lambda: sorted(set(itertools.permutations(slots))),
+        "left_to_right": lambda: [slots],
+        "low_confidence": lambda: [[config.sampling_steps] * len(slots)],  # decided step by step
+    }[config.unmasking]()
+    parents = int(running.sum())
+    run, order_p, running = branch(run, order_p, running, len(orders))
+    run.unmask_step[running, block] = torch.tensor(orders).repeat(parents, 1)
+    return run, order_p.where(~running, order_p / len(orders)), running
+
+
+def branch_draws(model, run, order_p, running, t, block, config):
+    """One denoising step: every running row branches into all that it may draw."""
+    row = run[running.nonzero()[:1, 0]]  # all rows draw as many tokens as this one
+    drawn = row.completion_ids[:, block] == MASK if config.unmasking == "low_confidence" else row.unmask_step == t
+    draws = torch.tensor(list(itertools.product(range(config.top_k or 3), repeat=int(drawn.sum()))))  # indices
+    parents = int(running.sum())
+    run, order_p, running = branch(run, order_p, running, len(draws))
+    with replaced("inverse_cdf", lambda p, u: draws.repeat(parents, 1).view(-1, 1)):
+        unused = torch.zeros(run.completion_ids.shape)
+        agrpo.write_step(model, run, running.nonzero()[:, 0], t, block, config, unused)
+    possible = (run.completion_ids >= 0).all(1)  # top-p leaves slots of its support unused
+    return run[possible], order_p[possible], running[possible]
+
+
+def trajectory_logp(model, run, config):
+    """log p(everything drawn | order) (B,), differentiable, with a softmax of its own: the oracle's half.
+
+    Under low confidence which tokens are kept is held fixed: where the ranking does not tie, it does not move."""
+    log_p = torch.zeros(len(run.unmask_step), dtype=torch.float64)
+    for t in range(config.sampling_steps):
+        ids = torch.cat([run.prompt_ids, run.completion_ids.where(run.unmask_step < t, MASK)], 1)
+        logits = model(ids)[:, PROMPT.shape[1] :, :MASK] / config.temperature  # (B, n, 3): MASK is the last word
+        if config.top_k:
+            logits = logits.masked_fill(logits < logits.topk(config.top_k).values[..., -1:], -math.inf)
+        if config.top_p < 1:  # drop a word if the words above it already reach p
+            p = logits.softmax(-1)
+            above = (p[..., None, :] * (p[..., None, :] > p[..., :, None])).sum(-1)
+            logits = logits.masked_fill(above >= config.top_p, -math.inf)
+        written = run.completion_ids.where(run.unmask_step == t, -1)
+        drawn = written if run.drawn_ids is None else run.drawn_ids[:, t]  # (B, n), -1: nothing
+        token_logp = logits.log_softmax(-1).gather(2, drawn.clamp(min=0)[..., None]).squeeze(2)
+        log_p = log_p + token_logp.where(drawn >= 0, 0).sum(1)
+    return log_p
+
+
+def exact_gradient(model, run, order_p, config, rewards):
+    """grad J by autograd through J = sum_tau p(tau) R(tau), rewards (B,). (parameters,)"""
+    p = order_p * trajectory_logp(model, run, config).exp()
+    assert abs(p.sum().item() - 1) < 1e-12, "the trajectories do not exhaust the probability"
+    return flat_gradient(model, (p * rewards).sum())
+
+
+def flat_gradient(model, loss=None):
+    """Gradient of `loss` (or what has been accumulated in .grad) as one vector; clears .grad."""
+    if loss is not None:
+        loss.backward()
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
+    model.zero_grad()
+    return flat
+
+
+POLICY = (  # the settings that a Problem depends on: the policy, and the reward r_t of greedy completions
+    "completion_length",
+    "sampling_steps",
+    "block_length",
+    "unmasking",
+    "temperature",
+    "top_k",
+    "top_p",
+    "step_baseline",
+    "step_coefficient",
+)
+
+
+@dataclass
+class Problem:
+    """One random model under one policy: all its trajectories, their rewards, and the gradient to be estimated."""
+
+    model: MaskedDiffusionLM
+    config: AGRPOConfig  # the half that it depends on; the estimator's is at its defaults
+    run: Rollout  # B trajectories
+    p: torch.Tensor  # (B,)
+    order_p: torch.Tensor  # (B,)
+    rewards: torch.Tensor  # (B,) R
+    step_rewards: torch.Tensor | None  # (B, m) r_t
+    gradient: torch.Tensor  # (parameters,) grad J
+
+    @cached_property
+    def scores(self):
+        return scores(self.model, self.run, self.config)
+
+
+@lru_cache(maxsize=20)
+def problem(seed, sharpness=1.0, levels=3, **policy):
+    """The Problem of a seed; rewards with `levels` values. Many estimators look at the same one: kept."""
+    model, config = micro_model(seed, sharpness), micro_config(**policy)
+    run, p, order_p = enumerate_rollouts(model, config)
+    rewards, r = micro_reward(run.completion_ids, seed, levels), None
+    if run.greedy_ids is not None:
+        r = micro_reward(run.greedy_ids.flatten(0, 1), seed, levels).view(len(p), -1)
+    return Problem(model, config, run, p, order_p, rewards, r, exact_gradient(model, run, order_p, config, rewards))
+
+
+# ------------------------------------------------------------------------------- expectation of an estimator
+
+
 def timestep_draws(run, config):
     """Every outcome of agrpo.sample_timesteps: (probability (B,), steps (B, k), weights (B, k)).
 
     The steps are piecewise constant in the uniforms, with jumps where u meets the cumulative sum of q: one point in
     the middle of each piece stands for the whole piece, and its length is its probability.
     """
-    executed = torch.arange(config.sampling_steps) < agrpo.horizon_of(run, config)[:, None]
-    q = agrpo.proposal(run, config).where(executed, 0.0)
-    jumps = (q / q.sum(1, keepdim=True)).cumsum(1)  # (B, m) values of u
+    jumps = agrpo.proposal(run, config).cumsum(1)  # (B, m) values of u
     if config.low_discrepancy:
         jumps = config.mc_samples * jumps % 1  # u_j = (j + U) / k: values of U
     edges = F.pad(jumps.sort(1).values, (1, 0)), F.pad(jumps.sort(1).values, (0, 1), value=1.0)
@@ -171,35 +222,78 @@ def timestep_draws(run, config):
                 yield probability, *agrpo.sample_timesteps(run, config, None)
 
 
-def agrpo_estimator(model, run, p, advantages, config, reference=None):
+def unweighted_draws(run, config):
+    """The same without importance weights: every drawn step counts as in a uniform draw."""
+    T = agrpo.horizon_of(run, config)[:, None].double()  # (B, 1)
+    for probability, steps, weights in timestep_draws(run, config):
+        yield probability, steps, (T / (config.sampling_steps * config.mc_samples)).expand_as(weights)
+
+
+def expected_draw(chances, draw):
+    """E[draw(chances, U)] over its one uniform U, piece by piece like timestep_draws; draw is agrpo.systematic_draw."""
+    jumps = (-chances.flatten().cumsum(0) % 1).sort().values  # where an end meets an integer - U
+    pieces = zip(F.pad(jumps, (1, 0)), F.pad(jumps, (0, 1), value=1.0))
+    return sum((high - low) * draw(chances, (low + high) / 2) for low, high in pieces)
+
+
+def agrpo_estimator(model, run, p, advantages, config, reference=None, draws=timestep_draws):
     """E[g]: m times the ascent gradient that accumulate_gradient adds, averaged over trajectories (p) and draws."""
     # The gradient is a weighted sum over slots, so all outcomes can stand side by side in one draw of many slots. The
     # mean over the B rows becomes the expectation over trajectories when row tau is weighed by B p(tau).
-    probability, steps, weights = zip(*timestep_draws(run, config))
+    probability, steps, weights = zip(*draws(run, config))
     weights = [w * (len(p) * p * outcome)[:, None] for w, outcome in zip(weights, probability)]
     with replaced("sample_timesteps", lambda *_: (torch.cat(steps, 1), torch.cat(weights, 1))):
         agrpo.accumulate_gradient(model, run, advantages, config, None, micro_batch=4096, reference=reference)
     return -config.sampling_steps * flat_gradient(model)
 
 
-def expectation(model, config, reward, estimator=agrpo_estimator, advantage=lambda R, p: R, **options):
-    """E[g] over everything random. advantage(R (B,), p (B,)) -> E[A | trajectory] (B,)."""
-    run, p, _ = enumerate_rollouts(model, config)
-    return estimator(model, run, p, advantage(reward(run.completion_ids), p), config, **options)
+def slot_by_slot(model, run, p, returns, config):
+    """The returns (B, m) minus one mean per slot j of the draw, as EGSPO's code has it (there over the group, which
+    costs scale besides). Which steps fall into a slot depends on the trajectory, so the means do not cancel."""
+
+    def draws(run, config):
+        outcomes = list(timestep_draws(run, config))
+        means = sum((p * outcome) @ returns.gather(1, steps) for outcome, steps, _ in outcomes)  # (k,)
+        return [(outcome, steps, weights * (returns.gather(1, steps) - means)) for outcome, steps, weights in outcomes]
+
+    return agrpo_estimator(model, run, p, torch.ones_like(returns), config, draws=draws)
 
 
-def group_advantage(G, scale_by_std=False):
-    """E[A | own trajectory] under agrpo.group_advantages with G - 1 other completions: a sum over all reward groups."""
+def allocated(model, run, p, advantages, config):
+    """All trajectories side by side as one batch, among which the timesteps are allocated; each then weighs B p."""
+    draw = agrpo.systematic_draw
+    with replaced("systematic_draw", lambda chances, U: expected_draw(chances, draw) * (len(p) * p)[:, None]):
+        agrpo.accumulate_gradient(model, run, advantages, config, torch.Generator(), micro_batch=4096)
+    return -config.sampling_steps * flat_gradient(model)
 
-    def advantage(rewards, p):
-        values, index = rewards.unique(return_inverse=True)
-        p_value = torch.zeros_like(values).index_add(0, index, p)
-        groups = torch.tensor(list(itertools.product(range(len(values)), repeat=G)))  # (groups, G) indices
-        A_own = agrpo.group_advantages(values[groups].flatten(), G, scale_by_std).view(-1, G)[:, 0]
-        p_others = p_value[groups[:, 1:]].prod(1)
-        return torch.zeros_like(values).index_add(0, groups[:, 0], A_own * p_others)[index]
 
-    return advantage
+def kept_tokens_alone(model, run, p, advantages, config):
+    """Low confidence as the official code scores it: the action is what was kept, the rest of the draw is forgotten."""
+    run = replace(run, drawn_ids=None, drawn_logprobs=None, drawn_entropy=None)
+    return agrpo_estimator(model, run, p, advantages, replace(config, unmasking="random"))
+
+
+def likelihood_estimator(model, run, p, advantages, config, masks, weights):
+    """E[g] of contrasts.likelihood_gradient: masks (M, n) bool, weights (M,) times the probability of each mask."""
+    row = torch.arange(len(p)).repeat_interleave(len(masks))
+    weights = (p[:, None] * weights).flatten() * len(row) / config.sampling_steps  # the mean over rows undone
+    masked = masks.repeat(len(p), 1)
+    contrasts.likelihood_gradient(model, run[row], advantages[row], masked, weights, config, micro_batch=4096)
+    return -config.sampling_steps * flat_gradient(model)
+
+
+def diffu_grpo(model, run, p, advantages, config):
+    """E[g] of contrasts.diffu_grpo."""
+    masks = torch.ones(1, config.completion_length, dtype=torch.bool)
+    return likelihood_estimator(model, run, p, advantages, config, masks, torch.ones(1))
+
+
+def elbo(model, run, p, advantages, config):
+    """E[g] of contrasts.elbo: a mask of l positions has probability 1 / (n C(n, l)) and weight n / l."""
+    n = config.completion_length
+    masks = torch.tensor(list(itertools.product((False, True), repeat=n))[1:])
+    weights = torch.tensor([1 / (size * math.comb(n, size)) for size in masks.sum(1).tolist()], dtype=torch.float64)
+    return likelihood_estimator(model, run, p, advantages, config, masks, weights)
 
 
 def compare(estimate, exact):
@@ -212,96 +306,255 @@ def compare(estimate, exact):
     }
 
 
+# ------------------------------------------------------------------- expected advantages: E[A | own trajectory]
+
+
+def over_groups(advantages_of, facts, p, G):
+    """E[A | own] (B, m): advantages_of maps the facts (groups x G, F) of whole groups to (groups x G, m).
+
+    facts (B, F): all that the advantages look at. Every group is tried, the own facts first, equal ones taken together.
+    """
+    distinct, index = facts.unique(dim=0, return_inverse=True)
+    p_distinct = torch.zeros(len(distinct), dtype=p.dtype).index_add(0, index, p)
+    total = 0
+    for group in torch.cartesian_prod(*[torch.arange(len(distinct))] * G).split(2**15):  # (groups, G) indices
+        own = advantages_of(distinct[group].flatten(0, 1)).unflatten(0, (-1, G))[:, 0]  # (groups, m)
+        share = own * p_distinct[group[:, 1:]].prod(1)[:, None]
+        total = total + torch.zeros(len(distinct), own.shape[1], dtype=p.dtype).index_add(0, group[:, 0], share)
+    return total[index]
+
+
+def group_mean(x, G, scale_by_std=False):
+    """agrpo.group_advantages: (B,)."""
+
+    def of_groups(facts):
+        return agrpo.group_advantages(facts[:, 0], G, scale_by_std)[:, None]
+
+    return over_groups(of_groups, x.rewards[:, None], x.p, G)[:, 0]
+
+
+def leave_one_out(x):
+    """The group mean of G = 2, rescaled by G / (G - 1): the advantage of most rows."""
+    return 2 * group_mean(x, 2)
+
+
+def stepwise(x, gate=False, G=3):
+    """agrpo.stepwise_advantages, rescaled by G / (G - 1)."""
+
+    def of_groups(facts):
+        c = agrpo.step_coefficients(x.config)
+        return agrpo.stepwise_advantages(facts[:, 0], facts[:, 2:], facts[:, 1], G, c, gate)
+
+    facts = torch.cat([x.rewards[:, None], x.run.steps_taken[:, None], x.step_rewards], 1)
+    return over_groups(of_groups, facts, x.p, G) * G / (G - 1)
+
+
+gated = partial(stepwise, gate=True)
+
+
+def returns(x):
+    """R - c r_t (B, m), nothing subtracted."""
+    return x.rewards[:, None] - agrpo.step_coefficients(x.config) * x.step_rewards
+
+
+def pooled(x, G=3):
+    """R - c r_t minus the mean over the group and all its steps, the completion's own steps included."""
+    executed = torch.arange(x.config.sampling_steps) < x.run.steps_taken[:, None]
+    own = (returns(x) * executed).sum(1) / x.run.steps_taken
+    return returns(x) - ((own + (G - 1) * (x.p @ own)) / G)[:, None]
+
+
+# ---------------------------------------------------------------------------------------------- variance
+
+
+def scores(model, run, config):
+    """S (B, m, parameters): grad log pi(a_t | s_t), one backward pass per distinct state and action."""
+    batch, n, m = len(run.steps_taken), config.completion_length, config.sampling_steps
+    t, part = torch.arange(m).repeat(batch), run[torch.arange(batch).repeat_interleave(m)]
+    chosen, tokens, _ = part.action_at(t)
+    keys = [part.state_at(t), tokens.where(chosen, -1)]
+    if config.top_k:
+        keys.append(part.support_ids.where(chosen[..., None], 0).flatten(1))
+    keys, index = torch.cat(keys, 1).unique(dim=0, return_inverse=True)
+
+    def logp(parameters, key):  # of one state and action; `positions` would not vmap
+        ids, tokens, support = key[:-n], key[-n:], None
+        if config.top_k:
+            ids, tokens, support = key.split([PROMPT.shape[1] + n, n, n * config.top_k])
+            support = support.view(n, -1)
+        logits = torch.func.functional_call(model, parameters, (ids[None],))[0, PROMPT.shape[1] :]  # (n, V)
+        distribution = agrpo.token_logprobs(logits, MASK, config.temperature, support)
+        return agrpo.logprob_of(tokens.clamp(min=0), distribution, support).where(tokens >= 0, 0).sum()
+
+    with sdpa_kernel(SDPBackend.MATH):  # the one that vmaps
+        gradients = torch.func.vmap(torch.func.grad(logp), (None, 0))(dict(model.named_parameters()), keys)
+    return torch.cat([g.detach().flatten(1) for g in gradients.values()], 1)[index].view(batch, m, -1)
+
+
+def moments(run, p, S, advantages, config, draws=timestep_draws):
+    """E[g] (parameters,) and E||g||^2 of one completion: g = m sum_j w_j A_(t_j) S_(t_j). advantages (B,) or (B, m)."""
+    gram, first, second = S @ S.transpose(1, 2), 0, 0  # (B, m, m)
+    for outcome, steps, weights in draws(run, config):
+        w = torch.zeros(S.shape[:2], dtype=S.dtype).scatter_add(1, steps, config.sampling_steps * weights)
+        w = w * advantages.reshape(len(p), -1)  # (B, m): g = sum_t w_t S_t
+        first = first + w * (p * outcome)[:, None]
+        second = second + p * outcome @ torch.einsum("bs,bst,bt->b", w, gram, w)
+    return torch.einsum("bt,btd->d", first, S), second
+
+
+def variance(run, p, S, advantages, config, gradient, draws=timestep_draws):
+    """(E||g||^2 - ||E g||^2) / ||grad J||^2 of one completion, its advantage with the baseline at its expectation.
+
+    The variance that a baseline estimated from few others adds is not in it."""
+    mean, square = moments(run, p, S, advantages, config, draws)
+    return ((square - mean @ mean) / (gradient @ gradient)).item()
+
+
+def largest_weight(run, config, draws=timestep_draws):
+    """Of one drawn step, in units of the full sum's: 1 / (k q_t)."""
+    largest = (w[outcome > 0].max().item() for outcome, _, w in draws(run, config))
+    return config.sampling_steps * max(largest)
+
+
 # ---------------------------------------------------------------------------------------------- the table
 
 
-def micro_config(**options):
-    """Four tokens, four steps, k = 2, unless told otherwise."""
-    return AGRPOConfig(**{"completion_length": 4, "sampling_steps": 4, "mc_samples": 2, "num_generations": 2} | options)
+def measure(seed, options, advantage=leave_one_out, estimator=None, draws=timestep_draws, levels=3, sharpness=1.0):
+    """compare() of one estimator on one random model; agrpo's own also with its variance and its largest weight.
+
+    options of AGRPOConfig; advantage(Problem) -> E[A | own trajectory] (B,) or (B, m)."""
+    x = problem(seed, sharpness, levels, **{k: v for k, v in options.items() if k in POLICY})
+    config, A = replace(x.config, **options), advantage(x)
+    if estimator:
+        return compare(estimator(x.model, x.run, x.p, A, config), x.gradient) | UNKNOWN
+    return compare(agrpo_estimator(x.model, x.run, x.p, A, config, draws=draws), x.gradient) | {
+        "variance": variance(x.run, x.p, x.scores, A, config, x.gradient, draws),
+        "largest_weight": largest_weight(x.run, config, draws),
+    }
 
 
-EXACT = {  # what claims to be unbiased, and is
-    "every step (k = m)": {"mc_samples": 4},
-    "uniform": {"low_discrepancy": False},
-    "uniform, low discrepancy (default)": {},
-    "entropy": {"importance_sampling": "entropy", "low_discrepancy": False},
-    "entropy, low discrepancy": {"importance_sampling": "entropy"},
-    "m = 2 steps of two tokens": {"sampling_steps": 2, "mc_samples": 1, "importance_sampling": "entropy"},
-    "m = 3 steps for four tokens": {"sampling_steps": 3, "importance_sampling": "entropy"},
-    "blocks of two, early stop": {"block_length": 2, "importance_sampling": "entropy"},
-    "temperature 0.7, top-k 2": {"temperature": 0.7, "top_k": 2, "importance_sampling": "entropy"},
-    "top-k 3, top-p 0.9": {"top_k": 3, "top_p": 0.9, "importance_sampling": "entropy"},
-    "left to right": {"unmasking": "left_to_right", "importance_sampling": "entropy"},
-}
-BIASED = {  # what is offered because the papers have it, under its name
-    "horizon last_non_eos": {"horizon": "last_non_eos"},
-    "horizon last_non_eos, per-trajectory mean (the paper's)": {
-        "horizon": "last_non_eos",
-        "normalization": "trajectory",
-    },
-    "per-trajectory mean, blocks with early stop": {"block_length": 2, "normalization": "trajectory"},
-}
+UNKNOWN = {"variance": None, "largest_weight": None}
 
 
-def measure(seed, options, advantage=None, levels=None):
-    """compare() of one estimator on one random model. Advantage: by default the group mean of G = 2, rescaled by
-    G / (G - 1) = 2, which is the leave-one-out baseline."""
-    model, config = micro_model(seed), micro_config(**options)
-
-    def reward(ids):
-        return micro_reward(ids, seed, levels)
-
-    baseline = advantage or (lambda R, p: 2 * group_advantage(2)(R, p))
-    return compare(expectation(model, config, reward, advantage=baseline), exact_gradient(model, config, reward))
-
-
-def measure_std(seed):
-    """Division by the group's standard deviation, G = 4, four-valued rewards."""
-    return measure(seed, {"sampling_steps": 2}, group_advantage(4, scale_by_std=True), levels=4)
-
-
-def measure_kl(seed):
+def measure_kl(seed, sharpness=1.0):
     """The KL term: exact at every visited state, compared with the gradient of KL(p || p_ref) over trajectories."""
-    model, reference, config = micro_model(seed), micro_model(seed + 100), micro_config(beta=1.0, mc_samples=4)
-    run, _, _ = enumerate_rollouts(model, config)
+    x, reference = problem(seed, sharpness), micro_model(seed + 100, sharpness)
     with torch.no_grad():
-        log_ratio = trajectory_logp(model, run, config) - trajectory_logp(reference, run, config)
+        log_ratio = trajectory_logp(x.model, x.run, x.config) - trajectory_logp(reference, x.run, x.config)
     # grad KL = sum_tau grad p(tau) log(p / p_ref), as sum_tau p grad log p = 0: a policy gradient of the log ratio.
-    exact = exact_gradient(model, config, lambda ids: log_ratio)
-    return compare(-expectation(model, config, torch.zeros_like, reference=reference, advantage=no_advantage), exact)
+    exact = exact_gradient(x.model, x.run, x.order_p, x.config, log_ratio)
+    config = replace(x.config, beta=1.0, mc_samples=4)
+    estimate = agrpo_estimator(x.model, x.run, x.p, torch.zeros_like(x.p), config, reference=reference)
+    return compare(-estimate, exact) | UNKNOWN
 
 
-def no_advantage(rewards, p):
-    return torch.zeros_like(p)
+def measure_entropy(seed, sharpness=1.0):
+    """The entropy bonus: exact at every visited state, compared with the gradient of the trajectories' entropy."""
+    x = problem(seed, sharpness)
+    with torch.no_grad():
+        surprise = -trajectory_logp(x.model, x.run, x.config)  # its expectation is the entropy
+    exact = exact_gradient(x.model, x.run, x.order_p, x.config, surprise)
+    config = replace(x.config, entropy_bonus=1.0, mc_samples=4)
+    return compare(agrpo_estimator(x.model, x.run, x.p, torch.zeros_like(x.p), config), exact) | UNKNOWN
 
 
-def exact_rows():
-    return {name: lambda seed, o=options: measure(seed, o) for name, options in EXACT.items()}
+def row(options, **how):
+    """A line of the table: (seed, sharpness) -> what measure() says."""
+    return lambda seed, sharpness=1.0: measure(seed, options, sharpness=sharpness, **how)
 
 
-def biased_rows():
-    rows = {name: lambda seed, o=options: measure(seed, o) for name, options in BIASED.items()}
-    rows["group mean, own sample included, G = 4"] = lambda seed: measure(
-        seed, {"sampling_steps": 2}, group_advantage(4), levels=4
-    )
-    rows["group mean / standard deviation, G = 4"] = measure_std
-    rows["KL per state (beta), against the trajectory's KL"] = measure_kl
-    return rows
+ENTROPY = {"importance_sampling": "entropy"}
+TOP = {"importance_sampling": "top_entropy"}
+STEP = ENTROPY | {"step_baseline": "constant", "step_coefficient": 0.5}
+RAMP = ENTROPY | {"step_baseline": "ramp"}
+BLOCKS = {"block_length": 2}
+CONFIDENT = {"unmasking": "low_confidence", "sampling_steps": 2}
+BATCH = {"allocation": "batch", "mc_samples": 1}
+THREE = {"completion_length": 3, "sampling_steps": 3}
+EXACT = {  # what claims to be unbiased, and is
+    "every step (k = m)": row({"mc_samples": 4}),
+    "uniform": row({"low_discrepancy": False}),
+    "uniform, low discrepancy (default)": row({}),
+    "entropy": row(ENTROPY | {"low_discrepancy": False}),
+    "entropy, low discrepancy": row(ENTROPY),
+    "entropy, a third uniform": row(ENTROPY | {"uniform_share": 1 / 3, "low_discrepancy": False}),
+    "entropy, a third uniform, low discrepancy": row(ENTROPY | {"uniform_share": 1 / 3}),
+    "m = 2 steps of two tokens": row(ENTROPY | {"sampling_steps": 2, "mc_samples": 1}),
+    "m = 3 steps for four tokens": row(ENTROPY | {"sampling_steps": 3}),
+    "blocks of two, early stop": row(ENTROPY | BLOCKS),
+    "temperature 0.7, top-k 2": row(ENTROPY | {"temperature": 0.7, "top_k": 2}),
+    "top-k 3, top-p 0.7": row(ENTROPY | {"top_k": 3, "top_p": 0.7}),
+    "left to right": row(ENTROPY | {"unmasking": "left_to_right"}),
+    "left to right, k = m = n (JustGRPO)": row({"unmasking": "left_to_right", "mc_samples": 4}),
+    "allocated over the batch": row(ENTROPY | THREE | BATCH, estimator=allocated),
+    "allocated over the batch, a third uniform, r_t": row(
+        RAMP | THREE | BATCH | {"uniform_share": 1 / 3}, advantage=gated, estimator=allocated
+    ),
+    "r_t, G = 3": row(STEP, advantage=stepwise),
+    "r_t gated, G = 3": row(STEP, advantage=gated),
+    "r_t ramp gated, G = 3": row(RAMP, advantage=gated),
+    "r_t, G = 3, blocks of two, early stop": row(STEP | BLOCKS, advantage=stepwise),
+    "r_t ramp gated, G = 3, blocks of two, early stop": row(RAMP | BLOCKS, advantage=gated),
+    "low confidence, every step": row(CONFIDENT),
+    "low confidence, uniform": row(CONFIDENT | {"mc_samples": 1}),
+    "low confidence, entropy": row(CONFIDENT | ENTROPY | {"mc_samples": 1}),
+    "low confidence, three tokens one by one, entropy": row(CONFIDENT | ENTROPY | THREE),
+    "low confidence, temperature 0.7, entropy": row(CONFIDENT | ENTROPY | {"mc_samples": 1, "temperature": 0.7}),
+    "low confidence, blocks of two, early stop, entropy": row(CONFIDENT | ENTROPY | BLOCKS | {"sampling_steps": 4}),
+    "low confidence, entropy, a third uniform, r_t ramp gated": row(
+        CONFIDENT | RAMP | {"mc_samples": 1, "uniform_share": 1 / 3}, advantage=gated
+    ),
+}
+BIASED = {  # what the papers and their code have, under its name, and what one might try
+    "horizon last_non_eos": row({"horizon": "last_non_eos"}),
+    "horizon last_non_eos, per-trajectory mean (the paper's)": row(
+        {"horizon": "last_non_eos", "normalization": "trajectory"}
+    ),
+    "per-trajectory mean, blocks with early stop": row(BLOCKS | {"normalization": "trajectory"}),
+    "group mean, own sample included, G = 4": row({"sampling_steps": 2}, advantage=partial(group_mean, G=4), levels=4),
+    "group mean / standard deviation, G = 4": row(
+        {"sampling_steps": 2}, advantage=partial(group_mean, G=4, scale_by_std=True), levels=4
+    ),
+    "KL per state (beta), against the trajectory's KL": measure_kl,
+    "entropy per state, against the trajectory's entropy": measure_entropy,
+    "entropy without importance weights": row(ENTROPY, draws=unweighted_draws),
+    "k steps of highest entropy (EGSPO)": row(TOP),
+    "k steps of highest entropy, r_t (EGSPO-SA)": row(TOP | {"step_baseline": "constant"}, advantage=stepwise),
+    "r_t, a mean per slot of the draw": row(STEP, advantage=returns, estimator=slot_by_slot),
+    "r_t, a mean per slot, blocks with early stop": row(STEP | BLOCKS, advantage=returns, estimator=slot_by_slot),
+    "r_t, own steps in the mean": row(STEP, advantage=pooled),
+    "low confidence, kept tokens alone": row(CONFIDENT, estimator=kept_tokens_alone),
+    "one pass, all masked (diffu-GRPO)": row({}, estimator=diffu_grpo),
+    "ELBO of random masks (ESPO, BGPO)": row({}, estimator=elbo),
+}
+
+
+def laboratory_rows(seed, sharpness=1.0):
+    """{name: {bias, beyond_scale, cosine, scale, variance, largest_weight, exact}} of every estimator on one model.
+
+    exact is the claim, bias the finding; variance and largest_weight are None where the estimator is not agrpo's."""
+    return {name: r(seed, sharpness) | {"exact": name in EXACT} for name, r in (EXACT | BIASED).items()}
+
+
+def median(values):
+    """Without nan (a sharp model under top-p may have a single completion and no gradient); None if there are None."""
+    return None if None in values else statistics.median([v for v in values if v == v] or [math.nan])
 
 
 def table(seeds, rows):
-    """{name: {bias, beyond_scale, cosine, scale}}: medians over random models."""
-    measured = {name: [row(seed) for seed in seeds] for name, row in rows.items()}
-    return {name: {k: statistics.median(r[k] for r in runs) for k in runs[0]} for name, runs in measured.items()}
+    """{name: {bias, beyond_scale, ...}}: medians over random models."""
+    measured = [{name: r(seed) for name, r in rows.items()} for seed in seeds]  # model by model: problem() keeps few
+    return {name: {k: median([m[name][k] for m in measured]) for k in measured[0][name]} for name in rows}
 
 
 def print_table(rows):
-    print(f"{'estimator':<58}{'bias':>9}{'beyond scale':>14}{'cosine':>9}{'scale':>8}")
-    for name, row in rows.items():
-        print(f"{name:<58}{row['bias']:>9.1e}{row['beyond_scale']:>14.1e}{row['cosine']:>9.4f}{row['scale']:>8.3f}")
+    print(f"{'estimator':<58}{'bias':>9}{'beyond scale':>14}{'cosine':>9}{'scale':>8}{'variance':>10}{'weight':>9}")
+    for name, r in rows.items():
+        print(f"{name:<58}{r['bias']:>9.1e}{r['beyond_scale']:>14.1e}{r['cosine']:>9.4f}{r['scale']:>8.3f}", end="")
+        print("" if r["variance"] is None else f"{r['variance']:>10.2f}{r['largest_weight']:>9.3g}")
 
 
 if __name__ == "__main__":
-    print("m E[g] against grad J, medians over 5 random models\n")
+    print("m E[g] against grad J, medians over 5 random models; the variance of one completion's g over ||grad J||^2\n")
     torch.set_num_threads(1)  # tiny tensors
-    print_table(table(range(5), exact_rows() | biased_rows()))
+    print_table(table(range(5), EXACT | BIASED))

@@ -148,6 +148,25 @@ def test_countdown_without_policy_gradients_is_the_supervised_control(tmp_path):
     assert metrics(tmp_path / "run") == [] and (tmp_path / "run" / "curve.png").exists()
 
 
+@pytest.mark.parametrize("algorithm", ["agrpo-sa", "egspo", "egspo-sa"])
+def test_every_algorithm_is_the_same_loop_with_other_settings(tmp_path, algorithm):
+    flags = "--task sudoku --base-steps 60 --base-batch 32 --max-steps 2 --eval-steps 8 --eval-prompts 8 --eval-every 9"
+    sizes = "--prompts-per-step 4 --mc-samples 2 --eval-split validation"
+    folder = tmp_path.parent / algorithm  # side by side: they share the base model
+    assert here(*flags.split(), *sizes.split(), "--algorithm", algorithm, "--out", folder) == 0
+    rows = metrics(folder)
+    assert len(rows) == 2 and all(0 < row["evaluations"] <= 4 * 8 * 2 and row["ratio_error"] < 1e-5 for row in rows)
+
+
+def test_algorithms_have_their_published_defaults():
+    _, config = parse_arguments(["--model", "llada", "--task", "gsm8k", "--algorithm", "egspo-sa"])
+    assert (config.importance_sampling, config.mc_samples, config.epsilon_high) == ("top_entropy", 8, 0.5)
+    assert (config.beta, config.step_baseline, config.unmasking) == (0.04, "constant", "low_confidence")
+    assert config.step_coefficient == pytest.approx(0.5 / (1 + 0.5)) and config.top_k == 0
+    run_config, config = parse_arguments(["--model", "llada", "--task", "gsm8k"])
+    assert config.importance_sampling == "entropy" and config.step_baseline == "none" and run_config.lora_rank == 64
+
+
 def test_help_is_short_and_names_every_option(capsys):
     with pytest.raises(SystemExit):
         parse_arguments(["--help"])
@@ -173,7 +192,12 @@ def test_help_is_short_and_names_every_option(capsys):
         (["--mc-samples", "0"], "mc_samples"),
         (["--num-generations", "1"], "group"),
         (["--block-length", "3"], "multiple"),
-        (["--unmasking", "low_confidence"], "evaluation"),
+        (["--unmasking", "low_confidence", "--top-k", "4"], "--top-k 0"),
+        (["--algorithm", "grpo"], "egspo-sa"),
+        (["--allocation", "batch", "--beta", "0.1"], "uniform_share"),
+        (["--allocation", "batch", "--importance-sampling", "top_entropy"], "top_entropy"),
+        (["--allocation", "batch", "--no-low-discrepancy"], "low_discrepancy"),
+        (["--uniform-share", "2"], "[0, 1]"),
         (["--temperature", "0"], "evaluation"),
         (["--prompt", "1 2 3 = 6"], "--evaluate"),
         (["--completion-length", "6"], "need 8"),
