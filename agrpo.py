@@ -19,6 +19,8 @@ needs m of them; AGRPO draws k of the m steps and weights them so that the expec
     G, A     completions per prompt, advantage             num_generations, advantages    (B,) or (B, m)
     k        timesteps drawn per completion                mc_samples
     q_t, w   probability of drawing step t, its weight     q, weights                     (B, m), (B, k)
+    r_t, c   reward of the greedy completion of s_t,       step_rewards,                  (B, m), (m,)
+             how much of it is subtracted from R           step_coefficients
     rho      probability ratio, new over old policy        ratio                          (N,)
     eps      its clip                                      epsilon_low, epsilon_high
     H        entropy of the distribution behind a token    entropies                      (B, n)
@@ -34,9 +36,14 @@ One trajectory: the prompt "3 4 = 7", n = 4 tokens, m = 2 steps of two tokens ea
 
 The state at t masks every position with unmask_step >= t: one integer per token replays the trajectory.
 
-Reading order: AGRPOConfig, token_logprobs, Rollout, rollout, group_advantages, sample_timesteps,
-clipped_objective, accumulate_gradient. A model is any callable (ids, attention_mask=, positions=) -> logits with
-the attributes mask_token_id and eos_token_id. Logits exist where a token may be written and nowhere else.
+The same lines are other algorithms under other settings: EGSPO takes the k steps of highest entropy (arXiv 2603.12554;
+importance_sampling top_entropy), EGSPO-SA also a baseline that looks at the state (step_baseline constant), JustGRPO is
+unmasking left_to_right with k = m = n. Ours, agrpo-sa, is unbiased: step_baseline ramp, allocation batch.
+
+Reading order: AGRPOConfig, token_logprobs, Rollout, rollout, group_advantages, sample_timesteps, clipped_objective,
+accumulate_gradient; then stepwise_advantages, batch_probabilities. A model is any callable (ids, attention_mask=,
+positions=) -> logits with the attributes mask_token_id and eos_token_id. Logits exist where a token may be written,
+and for step baselines at every [MASK], and nowhere else.
 """
 
 from dataclasses import dataclass, fields, replace

@@ -16,6 +16,7 @@ where it was, and commands share runs. --quick makes everything tiny: it shows t
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -31,8 +32,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # run as a script: the project's root
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: the project's root
 import agrpo
 import runs
 import train
@@ -41,7 +41,8 @@ from experiments import variance as var
 from experiments.exact import EXACT, laboratory_rows, median, print_table, replaced
 
 RESULTS = Path(__file__).parent / "results"
-FOLDER = ROOT / "runs" / "estimators"  # of finished runs and base models
+FOLDER = RESULTS.parent.parent / "runs" / "estimators"  # of finished runs and base models
+WORKERS = os.cpu_count()  # 0: everything in this process
 T_975 = {
     2: 12.71,
     3: 4.303,
@@ -69,21 +70,26 @@ class Scale:
     checks: int = 6  # validations on the way, on half as many questions
 
 
-QUICK = Scale(seeds=2, evaluations=3_000, base_steps=10, questions=20, checks=1)
+QUICK = Scale(seeds=2, evaluations=1, base_steps=5, questions=5, checks=1)  # of two prompts, in one process
 
 
 def do_all(function, jobs, description):
     """[function(**job)] in the order of the jobs: read from FOLDER where a job is done, else in parallel processes."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     paths = [FOLDER / f"{job_name(function, job)}.json" for job in jobs]
-    todo = [(path, job) for path, job in dict(zip(paths, jobs)).items() if not path.exists()]
-    spawn = multiprocessing.get_context("spawn")
-    bar = tqdm(total=len(todo), desc=description)
-    with bar, ProcessPoolExecutor(os.cpu_count(), spawn, initializer=initialise, initargs=(FOLDER,)) as pool:
-        for future in as_completed([pool.submit(do_one, function, path, job) for path, job in todo]):
-            future.result()
+    todo = [(function, path, job) for path, job in dict(zip(paths, jobs)).items() if not path.exists()]
+    with tqdm(total=len(todo), desc=description) as bar:
+        for _ in done_in_parallel(function, todo) if WORKERS else itertools.starmap(do_one, todo):
             bar.update()
     return [json.loads(path.read_text()) for path in paths]
+
+
+def done_in_parallel(function, todo):
+    """Yield as runs are finished."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(WORKERS, spawn, initializer=initialise, initargs=(FOLDER,)) as pool:
+        for future in as_completed([pool.submit(do_one, *one) for one in todo]):
+            yield future.result()
 
 
 def initialise(folder):
@@ -231,7 +237,7 @@ CURVES = {  # name: (flags, replacement); Countdown, m = 6
     "diffu-GRPO": (TWO, "diffu-GRPO"),
     "ELBO, 2 samples": (TWO, "ELBO"),
 }
-FACTORS = [name for name in CURVES if name.endswith("k = 2") and name.split(",")[0] in ("uniform", "entropy")]
+FACTORS = [f"{weights}{draws}, k = 2" for weights in ("uniform", "entropy") for draws in (", independent draws", "")]
 BUDGET = {
     f"m = {m}, k = {k}": ([*COUNTDOWN, str(m), "--mc-samples", str(k)], None)
     for m in (2, 4, 8)
@@ -257,8 +263,9 @@ COLLAPSE = {
 def learn_all(variants, scale, description, **more):
     """{name: [result of each seed]} of learning runs on Countdown."""
     options = {name: value for name, value in asdict(scale).items() if name != "seeds"} | more
+    small = ["--prompts-per-step", "2"] if scale == QUICK else []
     jobs = [
-        {"task": "countdown", "flags": flags, "seed": seed, "replacement": replacement} | options
+        {"task": "countdown", "flags": [*flags, *small], "seed": seed, "replacement": replacement} | options
         for seed in range(scale.seeds)  # a seed's base model is made by the first of its runs
         for flags, replacement in variants.values()
     ]
@@ -367,8 +374,9 @@ def measure_exact(seed, sharpness):
 
 def exact(scale):
     """Relative bias, cosine and variance of every estimator and option by enumeration, on diffuse and sharp models."""
-    models = {"diffuse": 1.0, "sharp": 4.0}
-    jobs = [{"seed": seed, "sharpness": s} for seed in range(scale.seeds) for s in models.values()]
+    models = {"diffuse": 1.0} if scale == QUICK else {"diffuse": 1.0, "sharp": 4.0}
+    seeds = 1 if scale == QUICK else scale.seeds
+    jobs = [{"seed": seed, "sharpness": s} for seed in range(seeds) for s in models.values()]
     results = do_all(measure_exact, jobs, "enumeration")
     tables = {}
     for i, (kind, sharpness) in enumerate(models.items()):
@@ -377,7 +385,7 @@ def exact(scale):
             name: {key: median([rows[name][key] for rows in measured]) for key in row}
             for name, row in measured[0].items()
         }
-        print(f"\n{kind} models (logits x {sharpness:g}), medians over {scale.seeds} of them")
+        print(f"\n{kind} models (logits x {sharpness:g}), medians over {seeds} of them")
         print_table(tables[kind])
 
     def draw(axes, _):
@@ -393,7 +401,7 @@ def exact(scale):
             axis.invert_yaxis()
             axis.grid(alpha=0.3)
 
-    finish("exact", {"seeds": scale.seeds, "tables": tables}, draw, (11, 8), (1, 2))
+    finish("exact", {"seeds": seeds, "tables": tables}, draw, (11, 8), (1, 2))
 
 
 def measure_variance(task, m, updates, batches, prompts, base_steps, seed=0):
@@ -429,10 +437,10 @@ def variance_summary(measured):
         theirs = (
             full(var.GROUP_MEAN, keep)[0] + torch.tensor(added[var.GROUP_MEAN][k][var.OFFICIAL])[keep].mean().item()
         )
-        return ours / theirs
+        return ours / theirs if theirs else math.nan
 
     everything = torch.arange(batches)
-    square = full(var.RAMP, everything)[1]
+    square = full(var.RAMP, everything)[1] or math.nan  # 0 where no reward differed (--quick)
     rows = {}
     for baseline, by_k in measured["draws"].items():
         v = full(baseline, everything)[0] / square
@@ -458,13 +466,15 @@ def variance(scale):
         "Sudoku, m = 8, trained": ("sudoku", 8, 80),
         "Countdown, m = 2, base": ("countdown", 2, 0),
     }
+    if quick:
+        settings = {"Countdown, m = 6, trained": settings["Countdown, m = 6, trained"]}
     size = {"batches": 2, "prompts": 2} if quick else {"batches": 24, "prompts": 32}
     of_task = {"countdown": 10, "sudoku": 10} if quick else {"countdown": 3000, "sudoku": 600}  # as train.py has them
     jobs = [
         {"task": task, "m": m, "updates": min(updates, 1) if quick else updates, "base_steps": of_task[task]} | size
         for task, m, updates in settings.values()
     ]
-    bases = [{"task": task, "seed": 0, "base_steps": base_steps} for task, base_steps in of_task.items()]
+    bases = [{"task": job["task"], "seed": 0, "base_steps": job["base_steps"]} for job in jobs]
     do_all(make_base, bases, "base models")
     results = dict(zip(settings, map(variance_summary, do_all(measure_variance, jobs, "variance"))))
     for name, result in results.items():
@@ -494,7 +504,7 @@ def draw_variance(axes, value):
             ("allocation batch", var.GROUP_MEAN, var.BATCH),
             ("AGRPO-SA (ours)", var.RAMP, var.BATCH),
         ]
-        for i, (label, baseline, sampler) in enumerate(shown):
+        for i, (_, baseline, sampler) in enumerate(shown):
             full = rows[baseline]["full sum"]
             axis.barh(i, full, color="C0", label="full sum" if i == 0 else None)
             added = rows[baseline][k][sampler] - full
@@ -634,11 +644,12 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that the code runs")
     parser.add_argument("--out", type=Path, help="folder of runs and results instead of runs/estimators and results")
     chosen = parser.parse_args(argv)
-    global FOLDER, RESULTS
+    global FOLDER, RESULTS, WORKERS
     if chosen.quick and not chosen.out:
         parser.error("--quick needs --out: its numbers mean nothing and must not replace results")
     if chosen.out:
         FOLDER, RESULTS = chosen.out / "runs", chosen.out
+    WORKERS = 0 if chosen.quick else WORKERS
     RESULTS.mkdir(parents=True, exist_ok=True)
     for command in COMMANDS:
         if chosen.command in (command.__name__, "all"):

@@ -163,9 +163,9 @@ def advantages_of(R, r, taken, G, config, fit):
 def measure(model, tokenizer, env, examples, run_config, config, batches, seed, ks=(1, 2, 4)):
     """Variances of the gradient sum_j w_j A S (of the sum over steps, without the 1 / m of the loss).
 
-    Returns {"full": {baseline: (batches, batches) products of the full-sum
-    gradients}, "draws": {baseline: {k: {sampler: [added by the draws, for each batch]}}}, "evaluations": {k: {baseline:
-    sequences of allocation batch}}, "coefficients": fitted c_t, "largest_weight": {sampler: over that of a uniform draw}}.
+    Returns {"full": {baseline: products (batches, batches) of the full-sum gradients}, "draws": {baseline: {k:
+    {sampler: [added by the draws, for each batch]}}}, "evaluations": {k: {baseline: sequences of allocation batch}},
+    "coefficients": fitted c_t, "largest_weight": {sampler: over that of a uniform draw}, "completions": B}.
     """
     rng, generator = train.streams(seed, "variance")
     G, m, ks = config.num_generations, config.sampling_steps, [k for k in ks if k < config.sampling_steps]

@@ -150,7 +150,7 @@ def test_countdown_without_policy_gradients_is_the_supervised_control(tmp_path):
 
 @pytest.mark.parametrize("algorithm", ["agrpo-sa", "egspo", "egspo-sa"])
 def test_every_algorithm_is_the_same_loop_with_other_settings(tmp_path, algorithm):
-    flags = "--task sudoku --base-steps 60 --base-batch 32 --max-steps 2 --eval-steps 8 --eval-prompts 8 --eval-every 9"
+    flags = "--task sudoku --base-steps 40 --base-batch 32 --max-steps 2 --eval-steps 8 --eval-prompts 8 --eval-every 9"
     sizes = "--prompts-per-step 4 --mc-samples 2 --eval-split validation"
     folder = tmp_path.parent / algorithm  # side by side: they share the base model
     assert here(*flags.split(), *sizes.split(), "--algorithm", algorithm, "--out", folder) == 0

@@ -1,0 +1,107 @@
+"""The laboratory's commands run, whole and small, write what they say, and go on where they were interrupted."""
+
+import json
+
+import pytest
+import torch
+
+import agrpo
+from experiments import estimators, exact, variance
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("estimators")
+
+
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch):
+    """tests/test_unbiased.py measures all rows of the exact table; here two will do."""
+    rows = {name: (exact.EXACT | exact.BIASED)[name] for name in ("uniform", "one pass, all masked (diffu-GRPO)")}
+    monkeypatch.setattr(
+        estimators,
+        "laboratory_rows",
+        lambda seed, sharpness: {name: row(seed, sharpness) for name, row in rows.items()},
+    )
+
+
+@pytest.mark.parametrize("name", [command.__name__ for command in estimators.COMMANDS])
+def test_every_command_writes_its_numbers_and_its_picture(out, name):
+    estimators.main([name, "--quick", "--out", str(out)])
+    written = json.loads((out / f"estimators-{name}.json").read_text())
+    assert written["command"] == f"python experiments/estimators.py {name}"
+    assert (out / f"estimators-{name}.png").stat().st_size > 5_000
+
+
+def test_a_finished_run_is_not_repeated(out, monkeypatch):
+    estimators.main(["collapse", "--quick", "--out", str(out)])
+    monkeypatch.setattr(estimators, "do_one", None)
+    before = (out / "estimators-collapse.json").read_text()
+    estimators.main(["collapse", "--quick", "--out", str(out)])
+    assert (out / "estimators-collapse.json").read_text() == before
+
+
+def test_quick_numbers_cannot_replace_results():
+    with pytest.raises(SystemExit):
+        estimators.main(["curves", "--quick"])
+
+
+def test_the_interval_is_students():
+    mean, half = estimators.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3 and half == pytest.approx(1.963, abs=1e-3)  # 2.776 x 1.5811 / sqrt(5)
+
+
+def small_batch(B=6, m=4, parameters=7):
+    """Scores, advantages, entropies and a Rollout that has them, all random."""
+    generator = torch.Generator().manual_seed(0)
+    S = torch.randn(B, m, parameters, generator=generator)
+    A = torch.randn(B, m, generator=generator, dtype=torch.float64)
+    H = torch.rand(B, m, generator=generator, dtype=torch.float64) ** 3
+    empty = torch.zeros(B, m, dtype=torch.float64)
+    steps = torch.arange(m).expand(B, m)
+    run = agrpo.Rollout(steps, steps > -1, steps, steps, empty, H, torch.full((B,), m))
+    config = agrpo.AGRPOConfig(completion_length=m, sampling_steps=m, mc_samples=2, importance_sampling="entropy")
+    return S, A, run, config
+
+
+def mean_square_error(draw, S, A, repeats=20_000):
+    """E||sum w A S - sum A S||^2 by repetition, and its standard error, for weights (B, m) = draw()."""
+    errors = torch.stack([((draw() - 1) * A).flatten() @ S.double().flatten(0, 1) for _ in range(repeats)])
+    squares = errors.square().sum(1)
+    return squares.mean().item(), (squares.std() / repeats**0.5).item()
+
+
+def test_the_variance_of_draws_is_what_repetition_finds():
+    S, A, run, config = small_batch()
+    B, m, k = *A.shape, config.mc_samples
+    q, K = agrpo.proposal(run, config), torch.einsum("bsp,btp->bst", S, S).double()
+    generator = torch.Generator().manual_seed(1)
+
+    def sampled(sampler, config):
+        steps, weights = sampler(run, config, generator)
+        return torch.zeros(B, m, dtype=torch.float64).scatter_add(1, steps, weights * m)
+
+    independent = agrpo.replace(config, low_discrepancy=False)
+    p = agrpo.batch_probabilities(run, A, config)
+    cases = {
+        "independent": (
+            variance.added_by_draws(q, A, K, k, run, config, stratified=False),
+            lambda: sampled(agrpo.sample_timesteps, independent),
+        ),
+        "low discrepancy": (
+            variance.added_by_draws(q, A, K, k, run, config, stratified=True),
+            lambda: sampled(agrpo.sample_timesteps, config),
+        ),
+        "official": (
+            variance.added_by_official(q, A, S, K, k, run, config, bins=2 * 512),
+            lambda: sampled(estimators.batch_stratified, independent),
+        ),
+        "allocation batch": (
+            variance.added_by_batch(p, A, S),
+            lambda: agrpo.systematic_draw(p, agrpo.uniforms((), generator)) / p.clamp(min=1e-300),
+        ),
+    }
+    for name, (exactly, draw) in cases.items():
+        measured, error = mean_square_error(draw, S, A, repeats=4000)
+        # The official's formula neglects one part in B k.
+        assert abs(measured - exactly) < 4 * error + (exactly / (B * k) if name == "official" else 0), name
