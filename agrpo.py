@@ -41,7 +41,7 @@ importance_sampling top_entropy), EGSPO-SA also a baseline that looks at the sta
 unmasking left_to_right with k = m = n. Ours, agrpo-sa, is unbiased: step_baseline ramp, allocation batch.
 
 Reading order: AGRPOConfig, token_logprobs, Rollout, rollout, group_advantages, sample_timesteps, clipped_objective,
-accumulate_gradient; then stepwise_advantages, batch_probabilities. A model is any callable (ids, attention_mask=,
+accumulate_gradient; then stepwise_advantages, batch_scores. A model is any callable (ids, attention_mask=,
 positions=) -> logits with the attributes mask_token_id and eos_token_id. Logits exist where a token may be written,
 and for step baselines at every [MASK], and nowhere else.
 """
@@ -76,7 +76,7 @@ class AGRPOConfig:
     epsilon_high: float = 0.2  # and from above at 1 + epsilon_high
     beta: float = 0.0  # weight of the KL divergence to a reference model
     entropy_bonus: float = 0.0  # weight of the entropy of the policy at the drawn steps
-    allocation: str = "completion"  # completion: k timesteps each | batch: k B in all, where |A_t| sqrt(H_t) is large
+    allocation: str = "completion"  # completion: k timesteps each | batch: as many in all, more where |A_t| is large
     step_baseline: str = "none"  # none | constant (EGSPO-SA's) | ramp (c = t / m): subtract c r_t from the reward
     step_coefficient: float = 1 / 3  # c of the constant step baseline: lambda / (1 + lambda) in the paper
 
@@ -113,6 +113,12 @@ class AGRPOConfig:
         require(self.entropy_bonus >= 0, f"entropy_bonus is {self.entropy_bonus}: not negative")
         require(0 <= self.uniform_share <= 1, f"uniform_share is {self.uniform_share}: in [0, 1]")
         require(0 <= self.step_coefficient <= 1, f"step_coefficient is {self.step_coefficient}: in [0, 1]")
+        bounded = self.importance_sampling == "entropy" or self.allocation == "batch"
+        require(
+            self.uniform_share == 0 or bounded, "uniform_share is a share of the entropy proposal or of the batch's"
+        )
+        alone = self.step_baseline == "ramp" and self.num_generations < 3
+        require(not alone, "step_baseline ramp needs num_generations 3: with one fellow its gate is always shut")
         if self.allocation == "batch":
             require(self.importance_sampling != "top_entropy", "allocation batch draws: top_entropy does not")
             require(self.low_discrepancy, "allocation batch is always stratified: low_discrepancy")
@@ -408,13 +414,14 @@ def stepwise_advantages(rewards, step_rewards, taken, G, c, gate):
     subtracting them leaves the expected gradient as it is, however timesteps are drawn. The mean is taken at the same
     step t; EGSPO's, slot by slot over the steps that happened to be selected, is biased, as later states decide which.
     gate: c is 0 for a completion whose fellows all agree in reward. The gate does not look at the completion itself,
-    so it changes no expectation, and a group that agrees costs nothing.
+    so it changes no expectation, and a group that agrees costs no update.
     """
     m, plain = step_rewards.shape[1], group_advantages(rewards, G)  # (B,)
     require(bool(torch.isfinite(step_rewards).all()), "a reward is not finite")
     executed = torch.arange(m, device=taken.device) < taken[:, None]  # (B, m)
     r = step_rewards.where(executed, rewards[:, None]).view(-1, G, m)
-    centred = (r - (r.sum(1, keepdim=True) - r) / (G - 1)).view(-1, m)  # r_t less the mean of the others
+    centred = r - (r.sum(1, keepdim=True) - r) / (G - 1)  # r_t less the mean of the others
+    centred = centred.masked_fill((r == r[:, :1]).all(1, keepdim=True), 0).view(-1, m)  # not 3e-8 where all agree
     if gate:
         others = ~torch.eye(G, dtype=torch.bool, device=rewards.device)
         fellows = rewards.view(-1, 1, G).expand(-1, G, G)[:, others].view(-1, G - 1)  # (B, G - 1)
@@ -465,6 +472,8 @@ def proposal(rollout, config):
     uniform = executed.double() / T
     if config.importance_sampling == "uniform":
         return uniform
+    if config.importance_sampling == "top_entropy":  # EGSPO ranks steps by the tokens that were kept
+        rollout = replace(rollout, drawn_entropy=None)
     H = step_entropies(rollout, m).where(executed, 0.0)
     return (1 - config.uniform_share) * (H / H.sum(1, keepdim=True)) + config.uniform_share * uniform
 
@@ -507,13 +516,13 @@ def sample_timesteps(rollout, config, generator):
     return steps, weights / (T if config.normalization == "trajectory" else m)
 
 
-def batch_probabilities(rollout, advantages, config):
-    """p (B, m) float64: with what probability each step is taken when k draws per completion are shared by the batch.
+def batch_scores(rollout, advantages, config):
+    """(B, m) float64, sum 1: what share of the batch's draws each step should get. advantages (B, m).
 
-    The variance is least where p is in proportion to the norm of a step's term, |A_t| ||grad log pi(a_t | s_t)||, and
-    the squared norm of the score is about as large as the entropy H_t: p_it = min(1, lambda |A_it| sqrt(H_it)), without
-    sqrt(H_it) for uniform importance sampling, lambda such that sum p = k x completions with any advantage. advantages
-    (B, m). uniform_share of it is uniform over the steps that can contribute, and bounds the weights.
+    The variance is least where a step is taken with a probability in proportion to the norm of its term,
+    |A_t| ||grad log pi(a_t | s_t)||, and the squared norm of the score is about as large as the entropy H_t: the score
+    is |A_t| sqrt(H_t), or |A_t| with uniform importance sampling. A uniform_share of it is spread evenly over the steps
+    that can contribute, and bounds the weights.
     """
     T = horizon_of(rollout, config)[:, None]
     needed = torch.arange(config.sampling_steps, device=T.device) < T  # (B, m)
@@ -523,14 +532,13 @@ def batch_probabilities(rollout, advantages, config):
     if config.importance_sampling == "entropy":
         score = score * step_entropies(rollout, config.sampling_steps).sqrt()
     score = score / score.sum().clamp(min=1e-300)
-    uniform = needed / needed.sum().clamp(min=1)
-    score = (1 - config.uniform_share) * score + config.uniform_share * uniform
-    total = config.mc_samples * int(needed.any(1).sum())
-    return inclusion_probabilities(score, total)
+    return (1 - config.uniform_share) * score + config.uniform_share * needed / needed.sum().clamp(min=1)
 
 
 def inclusion_probabilities(score, total):
-    """p = min(1, lambda score), of any shape, with sum p = total, or 1 for every positive score if they are fewer."""
+    """p = min(1, lambda score), of any shape, with sum p = total, or 1 for every positive score if they are fewer.
+
+    With total = k x completions that have an advantage, the batch shares the draws that k for each would be."""
     certain = torch.zeros_like(score, dtype=torch.bool)
     while True:  # each round makes at least one more step certain
         rest = score.where(~certain, 0.0)
@@ -565,18 +573,19 @@ def accumulate_gradient(model, rollout, advantages, config, generator, micro_bat
     loss = - 1/B sum_i sum_j w_ij sum_(tokens drawn at t_ij) [ clipped_objective - beta KL(pi || pi_ref) + bonus H ]
 
     advantages: (B,), or (B, m) for one per step. Unbiased up to the constants 1/m and (G - 1)/G for the first update
-    after a rollout, with the default horizon and normalization and beta 0; later updates on the same rollout are
-    biased by per-token ratios and the clip, as in PPO. KL and entropy H are per state: exact at each visited state (the
-    KL for the policy before top-k and top-p), they omit how theta changes which states are visited. Steps no
-    optimizer. Raises ValueError for policies whose likelihood it does not have.
+    after a rollout, with the default horizon and normalization, no KL, entropy bonus or top_entropy; later updates on
+    the same rollout are biased by per-token ratios and the clip, as in PPO. KL and entropy H are per state: exact at
+    each visited state (the KL for the policy before top-k and top-p), they omit how theta changes which states are
+    visited. Steps no optimizer. Raises ValueError for policies whose likelihood it does not have.
     """
     require_trainable(rollout, config, reference)
     # A rollout built by hand need not carry the model's ids.
-    rollout = replace(rollout, mask_token_id=model.mask_token_id, eos_token_id=model.eos_token_id)
+    rollout = replace(rollout, mask_token_id=model.mask_token_id, eos_token_id=model.eos_token_id, greedy_ids=None)
     batch, m = len(rollout.completion_ids), config.sampling_steps
     advantages = advantages.to(rollout.unmask_step.device).reshape(batch, -1).expand(batch, m)
     if config.allocation == "batch":
-        p = batch_probabilities(rollout, advantages, config)  # (B, m)
+        score = batch_scores(rollout, advantages, config)  # (B, m)
+        p = inclusion_probabilities(score, total=config.mc_samples * int((score > 0).any(1).sum()))
         taken = systematic_draw(p, uniforms((), generator).to(p.device))
         length = horizon_of(rollout, config)[:, None] if config.normalization == "trajectory" else m
         step_weights = taken / p.where(taken > 0, 1.0) / length
@@ -635,10 +644,8 @@ def state_loss(model, part, t, weight, advantage, config, reference):
         with torch.no_grad():
             reference_logits = logits_at(reference, ids, part.prompt_mask, chosen)
         # Before truncation: the reference's own top-k may lack a token kept here, and the KL would be infinite.
-        kl = kl_divergence(
-            token_logprobs(logits, part.mask_token_id, config.temperature),
-            token_logprobs(reference_logits, part.mask_token_id, config.temperature),
-        )
+        whole = distribution if support is None else token_logprobs(logits, part.mask_token_id, config.temperature)
+        kl = kl_divergence(whole, token_logprobs(reference_logits, part.mask_token_id, config.temperature))
     bonus = config.entropy_bonus * entropy(distribution) if config.entropy_bonus > 0 else 0.0
     loss = -(weight[of_token] * (objective - config.beta * kl + bonus)).sum()
     ratio = (logp.detach() - old_logp).exp()

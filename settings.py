@@ -217,7 +217,8 @@ def add_flag(group, field, default, text):
 def evaluated(run_config, config, steps):
     """The policy that reports measure: that of training, at another length, block and number of steps if asked."""
     length, block = run_config.eval_length or config.completion_length, run_config.eval_block or config.block_length
-    return replace(config, completion_length=length, block_length=block, sampling_steps=steps)
+    # No r_t, which only an update needs.
+    return replace(config, completion_length=length, block_length=block, sampling_steps=steps, step_baseline="none")
 
 
 def check(run_config, config):

@@ -345,8 +345,10 @@ def policy_gradient(model, prompts, run_config, config, task, tokenizer, generat
     advantages = agrpo.group_advantages(rewards, G)  # A (B,)
     signal = (advantages.view(-1, G) != 0).any(1)  # (prompts,)
     if config.step_baseline != "none":
-        r, c = step_rewards(rollout, tokenizer, task, prompts, chat), agrpo.step_coefficients(config)  # (B, m), (m,)
         gate = config.step_baseline == "ramp"
+        asked = signal | (not gate)  # (prompts,): where all agree, the gate makes r_t count for nothing
+        r = step_rewards(rollout, tokenizer, task, prompts, chat, asked)  # (B, m)
+        c = agrpo.step_coefficients(config)  # (m,)
         advantages = agrpo.stepwise_advantages(rewards, r, rollout.steps_taken.cpu(), G, c, gate)  # A_t (B, m)
     stats = agrpo.accumulate_gradient(model, rollout, advantages, config, generator, rows, reference)
     written = rollout.unmask_step < config.sampling_steps  # (B, n): not what an early stop filled in
@@ -359,15 +361,20 @@ def policy_gradient(model, prompts, run_config, config, task, tokenizer, generat
     }
 
 
-def step_rewards(rollout, tokenizer, task, prompts, chat):
-    """r_t (B, m): the reward of the greedy completion of each state. Equal answers to a prompt are judged once."""
+def step_rewards(rollout, tokenizer, task, prompts, chat, asked):
+    """r_t (B, m): the reward of the greedy completion of each state, 0 for prompts that are not asked for (prompts,).
+
+    Equal answers to a prompt are judged once."""
     batch, m, n = rollout.greedy_ids.shape
-    prompt = torch.arange(batch, device=rollout.greedy_ids.device) // (batch // len(prompts))  # (B,) index
-    rows = torch.cat([prompt.view(-1, 1, 1).expand(batch, m, 1), rollout.greedy_ids], 2).view(-1, 1 + n)
-    distinct, index = rows.unique(dim=0, return_inverse=True)  # (D, 1 + n), (B m,)
+    prompt = torch.arange(len(prompts)).repeat_interleave(batch // len(prompts))  # (B,) index
+    rows = torch.cat([prompt.view(-1, 1, 1).expand(batch, m, 1), rollout.greedy_ids.cpu()], 2)[asked[prompt]]
+    distinct, index = rows.view(-1, 1 + n).unique(dim=0, return_inverse=True)  # (D, 1 + n)
     answers = zip(decode(tokenizer, distinct[:, 1:]), distinct[:, 0].tolist())
     rewards = torch.tensor([task.reward(answer, prompts[i], chat=chat) for answer, i in answers])  # (D,)
-    return rewards[index.cpu()].view(batch, m)
+    r = torch.zeros(batch, m)
+    if len(rewards):
+        r[asked[prompt]] = rewards[index].view(-1, m).to(r.dtype)
+    return r
 
 
 # -------------------------------------------------------------------------------------------------- programs

@@ -52,6 +52,7 @@ def likelihood_gradient(model, rollout, advantages, masked, weights, config, mic
     agrpo.accumulate_gradient; the loss is this surrogate's. Raises ValueError where there is nothing to follow.
     """
     agrpo.require(config.temperature > 0, "temperature 0 has no gradient: train with a positive temperature")
+    agrpo.require(rollout.support_ids is None, "the contrasts know no kept sets: no top_k")
     agrpo.require(config.beta == 0 and config.entropy_bonus == 0, "the contrasts have no KL and no entropy bonus")
     factor = weights * advantages.to(weights.device)  # (B,)
     rows, total = factor.nonzero()[:, 0], 0.0  # a completion without advantage has gradient exactly 0

@@ -10,8 +10,12 @@
     python experiments/estimators.py all
 
 Each writes results/estimators-NAME.json and .png. A command is a list of independent runs, shared among processes of
-one thread each; a finished run is kept in runs/estimators and not repeated, so that an interrupted command goes on
-where it was, and commands share runs. --quick makes everything tiny: it shows that the code runs, and nothing else.
+one thread each; a finished run is kept in runs/estimators under its settings and not repeated, so that an interrupted
+command goes on where it was, and commands share runs. After a change to the code, remove that folder. --quick makes
+everything tiny: it shows that the code runs, and nothing else.
+
+Evaluations are sequences through the model, of rollouts and of updates; the backward pass of an update is not counted
+(it makes an evaluation of the update cost about three of the rollout: the CPU seconds beside the results tell).
 """
 
 import argparse
@@ -88,8 +92,12 @@ def done_in_parallel(function, todo):
     """Yield as runs are finished."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(WORKERS, spawn, initializer=initialise, initargs=(FOLDER,)) as pool:
-        for future in as_completed([pool.submit(do_one, *one) for one in todo]):
-            yield future.result()
+        try:
+            for future in as_completed([pool.submit(do_one, *one) for one in todo]):
+                yield future.result()
+        except BaseException:  # an error, or Ctrl-C: what has not begun need not
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def initialise(folder):
@@ -124,14 +132,18 @@ def learn(task, flags, seed, evaluations, base_steps, questions, checks, replace
     rng, generator = train.streams(seed, "reinforce")
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, run_config.adam_beta2), weight_decay=0.0, fused=True)
     reference = train.frozen_copy(model) if config.beta > 0 else None
+    # What is measured is the policy at temperature 1, also of those that were trained at another.
+    run_config = replace(run_config, eval_steps=test_steps or (config.sampling_steps,))
+    measured = replace(train.evaluated(run_config, config, config.sampling_steps), temperature=1.0)
     completions = run_config.prompts_per_step * config.num_generations
     history, curve, used = [], [], 0
 
     def check():
-        sampled = train.grade(model, tokenizer, env, validation[: questions // 2], config, run_config, "")
-        last = history[-20:] or [{"entropy": None, "signal": None}]
+        sampled = train.grade(model, tokenizer, env, validation[: questions // 2], measured, run_config, "")
         curve.append({"evaluations": used, "updates": len(history), "sampled": train.mean(sampled, "correct")})
-        curve[-1] |= {name: last[-1][name] for name in ("entropy", "signal")}
+        if last := history[-20:]:
+            names = ("entropy", "signal", "gradient_norm")
+            curve[-1] |= {name: statistics.mean(metrics[name] for metrics in last) for name in names}
 
     check()
     with ExitStack() as stack:
@@ -147,14 +159,12 @@ def learn(task, flags, seed, evaluations, base_steps, questions, checks, replace
             used += completions * config.sampling_steps + metrics["evaluations"] * (1 + (reference is not None))
             if used >= evaluations * len(curve) / checks or used >= evaluations:
                 check()
-    config = replace(config, temperature=1.0)  # the same policy for all that were trained at another
-    run_config = replace(run_config, eval_steps=test_steps or (config.sampling_steps,))
     return {
         "curve": curve,
         "updates": len(history),
         "sampling_steps": config.sampling_steps,
-        "test": train.by_sampling_steps(model, tokenizer, env, run_config, config, test[:questions]),
-        "diversity": diversity(model, tokenizer, env, test[: questions // 5], config, run_config),
+        "test": train.by_sampling_steps(model, tokenizer, env, run_config, measured, test[:questions]),
+        "diversity": diversity(model, tokenizer, env, test[: questions // 5], measured, run_config),
     }
 
 
@@ -182,18 +192,18 @@ def make_base(**job):
 
 
 def batch_stratified(rollout, config, generator):
-    """The official code's timesteps: one stratified set of uniforms for the whole batch, shuffled, so that a completion
-    may draw a step twice. Unbiased as well."""
+    """The official code's timesteps: one stratified set of uniforms (B, k) for the whole batch, shuffled, so that a
+    completion may draw a step twice. Unbiased as well."""
 
     def shuffled(shape, generator):
         strata = torch.randperm(math.prod(shape), generator=generator).view(shape)
         return (strata + torch.rand(shape, dtype=torch.float64, generator=generator)) / strata.numel()
 
     with replaced("uniforms", shuffled):
-        return sample_timesteps(rollout, config, generator)
+        return sample_timesteps(rollout, replace(config, low_discrepancy=False), generator)
 
 
-sample_timesteps = agrpo.sample_timesteps
+sample_timesteps = agrpo.sample_timesteps  # itself, where agrpo's is replaced by the above
 
 
 class KeptTokens(agrpo.Rollout):
@@ -220,7 +230,7 @@ ENTROPY = ["--importance-sampling", "entropy"]
 PAPER = ["--horizon", "last_non_eos", "--normalization", "trajectory"]
 OFFICIAL = "official: entropy, batch-stratified, k = 2"
 CURVES = {  # name: (flags, replacement); Countdown, m = 6
-    OFFICIAL: ([*TWO, *ENTROPY], "official"),
+    OFFICIAL: ([*TWO, *ENTROPY, "--no-low-discrepancy"], "official"),
     "uniform, k = 1": ([*COUNTDOWN, "6", "--mc-samples", "1"], None),
     "uniform, k = 2": (TWO, None),
     "uniform, k = 4": ([*COUNTDOWN, "6", "--mc-samples", "4"], None),
@@ -234,6 +244,8 @@ CURVES = {  # name: (flags, replacement); Countdown, m = 6
     "AGRPO-SA (ours), k = 1": ([*COUNTDOWN, "6", "--mc-samples", "1", "--algorithm", "agrpo-sa"], None),
     "EGSPO, K = 2": ([*TWO, "--algorithm", "egspo"], None),
     "EGSPO-SA, K = 2": ([*TWO, "--algorithm", "egspo-sa"], None),
+    "EGSPO without KL, K = 2": ([*TWO, "--algorithm", "egspo", "--beta", "0"], None),
+    "EGSPO-SA without KL, K = 2": ([*TWO, "--algorithm", "egspo-sa", "--beta", "0"], None),
     "diffu-GRPO": (TWO, "diffu-GRPO"),
     "ELBO, 2 samples": (TWO, "ELBO"),
 }
@@ -306,8 +318,8 @@ def learning_rows(results, reference):
                 {"evaluations": point[0]["evaluations"], "sampled": interval(p["sampled"] for p in point)}
                 | {
                     name: statistics.mean(p[name] for p in point)
-                    for name in ("entropy", "signal")
-                    if point[0][name] is not None
+                    for name in ("entropy", "signal", "gradient_norm")
+                    if name in point[0]
                 }
                 for point in zip(*(result["curve"] for result in seeds))
             ],
@@ -451,7 +463,7 @@ def variance_summary(measured):
     for k in measured["draws"][var.RAMP]:
         left_out = [ratio(k, everything[everything != i]) for i in range(batches)]
         error = ((batches - 1) / batches * sum((x - statistics.mean(left_out)) ** 2 for x in left_out)) ** 0.5
-        ratios[f"k = {k}"] = [ratio(k, everything), 1.96 * error]
+        ratios[f"k = {k}"] = [ratio(k, everything), 2.07 * error]  # Student's t of 23
     kept = {name: measured[name] for name in ("evaluations", "coefficients", "largest_weight", "completions")}
     return {"variance / squared gradient": rows, "ours / official": ratios} | kept
 
@@ -552,8 +564,11 @@ def factors(scale):
 
 def budget(scale):
     """What k is worth at each m, for a fixed number of evaluations."""
-    rows = learning_rows(learn_all(BUDGET, scale, "m and k", test_steps=DECODED), "m = 8, k = 2")
-    print_rows(rows, "m = 8, k = 2")
+    results, rows = learn_all(BUDGET, scale, "m and k", test_steps=DECODED), {}
+    for m in (2, 4, 8):  # compared with k = 2 of the same m
+        of_m = {name: seeds for name, seeds in results.items() if name.startswith(f"m = {m},")}
+        rows |= learning_rows(of_m, f"m = {m}, k = 2")
+    print_rows(rows, "k = 2 of the same m")
 
     def draw(axes, _):
         for axis, policy in zip(axes, ("sampled", "greedy")):

@@ -168,6 +168,7 @@ POLICY = (  # the settings that a Problem depends on: the policy, and the reward
     "top_p",
     "step_baseline",
     "step_coefficient",
+    "num_generations",
 )
 
 
@@ -466,7 +467,7 @@ def row(options, **how):
 ENTROPY = {"importance_sampling": "entropy"}
 TOP = {"importance_sampling": "top_entropy"}
 STEP = ENTROPY | {"step_baseline": "constant", "step_coefficient": 0.5}
-RAMP = ENTROPY | {"step_baseline": "ramp"}
+RAMP = ENTROPY | {"step_baseline": "ramp", "num_generations": 3}
 BLOCKS = {"block_length": 2}
 CONFIDENT = {"unmasking": "low_confidence", "sampling_steps": 2}
 BATCH = {"allocation": "batch", "mc_samples": 1}

@@ -2,9 +2,9 @@
 
 A batch is rolled out, and the score grad log pi(a_t | s_t) of every step of every completion is computed: B m vectors.
 Every estimator of the policy gradient is a weighted sum of them, so what drawing k timesteps per completion adds to its
-variance needs no sampling: it follows from the products of the scores of one completion. (Draws that depend on each
-other across the batch are repeated instead.) What is left, the variance of the full sum over prompts, completions and
-orders, is measured from batch to batch. All estimators see the same completions.
+variance needs no sampling: it follows from the products of the scores of one completion, and for draws that depend on
+each other across the batch from an integral over their uniforms. What is left, the variance of the full sum over
+prompts, completions and orders, is measured from batch to batch. All estimators see the same completions.
 """
 
 from dataclasses import replace
@@ -105,13 +105,18 @@ def added_by_official(q, A, S, K, k, run, config, bins=64):
     return independent - (h - h.mean(0)).double().square().sum(1).mean().item() / (len(q) * k - 1)
 
 
+def distinct_draws(q, A, k):
+    """Expected number of steps to compute when k are drawn independently from q (B, m) by completions with A != 0."""
+    return ((1 - (1 - q) ** k) * (A != 0)).sum().item()
+
+
 def added_by_batch(p, A, S):
     """The same for allocation batch, exactly: the steps taken change one by one as U goes from 0 to 1."""
     terms, p = (A.float().flatten()[:, None] * S.flatten(0, 1)), p.flatten()
     index = p.nonzero()[:, 0]
     weight = 1 / p[index]
-    cumulative = p[index].cumsum(0)
-    at, order = ((-cumulative) % 1).sort()  # where step `order` comes in and the one after it goes out
+    # Where an end meets an integer - U, in (0, 1]: step `order` comes in there, and the one after it goes out.
+    at, order = (1 - p[index].cumsum(0) % 1).sort()
     error = -terms.sum(0)  # of U = 0
     for i, w, taken in zip(index.tolist(), weight.tolist(), agrpo.systematic_draw(p[index], torch.zeros(())).tolist()):
         if taken:
@@ -164,7 +169,7 @@ def measure(model, tokenizer, env, examples, run_config, config, batches, seed, 
     """Variances of the gradient sum_j w_j A S (of the sum over steps, without the 1 / m of the loss).
 
     Returns {"full": {baseline: products (batches, batches) of the full-sum gradients}, "draws": {baseline: {k:
-    {sampler: [added by the draws, for each batch]}}}, "evaluations": {k: {baseline: sequences of allocation batch}},
+    {sampler: [added by the draws, for each batch]}}}, "evaluations": {k: sequences in the update, official and shared},
     "coefficients": fitted c_t, "largest_weight": {sampler: over that of a uniform draw}, "completions": B}.
     """
     rng, generator = train.streams(seed, "variance")
@@ -177,7 +182,8 @@ def measure(model, tokenizer, env, examples, run_config, config, batches, seed, 
         run = agrpo.rollout(model, ids, mask, config, generator)
         answers = zip(train.decode(tokenizer, run.completion_ids), [p for p in prompts for _ in range(G)])
         R = torch.tensor([env.reward(*answer) for answer in answers], dtype=torch.float64)
-        r = train.step_rewards(run, tokenizer, env, prompts, chat=False).double()
+        every = torch.ones(len(prompts), dtype=torch.bool)
+        r = train.step_rewards(run, tokenizer, env, prompts, chat=False, asked=every).double()
         S, B = step_scores(model, run, config), len(R)
         K = torch.einsum("bsp,btp->bst", S, S).double()
         norms, H = K.diagonal(dim1=1, dim2=2).sqrt(), agrpo.step_entropies(run, m)
@@ -187,11 +193,11 @@ def measure(model, tokenizer, env, examples, run_config, config, batches, seed, 
             gradients.setdefault(baseline, []).append((A.flatten().float() @ S.flatten(0, 1)) / B)
             for k in ks:
                 found = draws.setdefault(baseline, {}).setdefault(str(k), {})
-                used = evaluations.setdefault(str(k), {})
                 for name, q in proposals(H, doubt, A, norms, running).items():
                     if baseline not in (GROUP_MEAN, RAMP) and name != "entropy":
                         continue
-                    weight[name] = max(weight.get(name, 0.0), (1 / (m * q.min())).item())
+                    if "A_t" not in name:
+                        weight[name] = max(weight.get(name, 0.0), (1 / (m * q.min())).item())
                     for stratified in (False, True):
                         added = added_by_draws(q, A, K, k, run, config, stratified) / B**2
                         kind = f"{name}, {'low discrepancy' if stratified else 'independent'}"
@@ -200,19 +206,22 @@ def measure(model, tokenizer, env, examples, run_config, config, batches, seed, 
                     continue
                 q = H / H.sum(1, keepdim=True)
                 found.setdefault(OFFICIAL, []).append(added_by_official(q, A, S, K, k, run, config) / B**2)
-                p = agrpo.batch_probabilities(run, A, replace(config, mc_samples=k, importance_sampling="entropy"))
-                found.setdefault(BATCH, []).append(added_by_batch(p, A, S) / B**2)
-                used.setdefault(baseline, []).append(p.sum().item())
+                # As many evaluations as the official draws, of which some fall on one step twice, need in the update.
+                total = distinct_draws(q, advantages[GROUP_MEAN], k)
+                score = agrpo.batch_scores(run, A, replace(config, importance_sampling="entropy"))
+                found.setdefault(BATCH, []).append(
+                    added_by_batch(agrpo.inclusion_probabilities(score, total), A, S) / B**2
+                )
+                evaluations.setdefault(str(k), []).append(total)
         plain = advantages[GROUP_MEAN]
         x = plain - agrpo.stepwise_advantages(R, r, run.steps_taken, G, 1.0, gate=True)
         fit.add(plain, x, H)
         running = (running * batch + (plain.abs() * norms).mean(0)) / (batch + 1)
     full = {name: (torch.stack(g) @ torch.stack(g).T).tolist() for name, g in gradients.items()}
-    mean_used = {k: {name: sum(v) / len(v) for name, v in row.items()} for k, row in evaluations.items()}
     return {
         "full": full,
         "draws": draws,
-        "evaluations": mean_used,
+        "evaluations": {k: sum(counts) / len(counts) for k, counts in evaluations.items()},
         "coefficients": fit.each().tolist(),
         "largest_weight": weight,
         "completions": B,

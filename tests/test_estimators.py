@@ -82,7 +82,9 @@ def test_the_variance_of_draws_is_what_repetition_finds():
         return torch.zeros(B, m, dtype=torch.float64).scatter_add(1, steps, weights * m)
 
     independent = agrpo.replace(config, low_discrepancy=False)
-    p = agrpo.batch_probabilities(run, A, config)
+    p = agrpo.inclusion_probabilities(agrpo.batch_scores(run, A, config), total=2 * B)
+    certain = agrpo.inclusion_probabilities(agrpo.batch_scores(run, A, config), total=3 * B)
+    assert (certain == 1).any() and not (certain == 1).all()
     cases = {
         "independent": (
             variance.added_by_draws(q, A, K, k, run, config, stratified=False),
@@ -94,14 +96,34 @@ def test_the_variance_of_draws_is_what_repetition_finds():
         ),
         "official": (
             variance.added_by_official(q, A, S, K, k, run, config, bins=2 * 512),
-            lambda: sampled(estimators.batch_stratified, independent),
+            lambda: sampled(estimators.batch_stratified, config),
         ),
         "allocation batch": (
             variance.added_by_batch(p, A, S),
-            lambda: agrpo.systematic_draw(p, agrpo.uniforms((), generator)) / p.clamp(min=1e-300),
+            lambda: agrpo.systematic_draw(p, agrpo.uniforms((), generator)) / p,
+        ),
+        "allocation batch, some steps certain": (
+            variance.added_by_batch(certain, A, S),
+            lambda: agrpo.systematic_draw(certain, agrpo.uniforms((), generator)) / certain,
         ),
     }
     for name, (exactly, draw) in cases.items():
         measured, error = mean_square_error(draw, S, A, repeats=4000)
         # The official's formula neglects one part in B k.
         assert abs(measured - exactly) < 4 * error + (exactly / (B * k) if name == "official" else 0), name
+
+
+def test_the_official_draws_of_the_curves_may_take_a_step_twice():
+    """One set of strata for the batch, not one per completion: the run's own flags."""
+    flags, replacement = estimators.CURVES[estimators.OFFICIAL]
+    _, config = estimators.train.parse_arguments(["--task", "countdown", *flags])
+    sampler = estimators.REPLACEMENTS[replacement]["sample_timesteps"]
+    H = torch.ones(200, 6, dtype=torch.float64)
+    at = torch.arange(6).expand(200, 6)
+    run = agrpo.Rollout(at, at > -1, at, at, H, H, torch.full((200,), 6))
+    config = agrpo.replace(config, completion_length=6)
+    steps, weights = sampler(run, config, torch.Generator().manual_seed(0))
+    twice = (steps[:, 0] == steps[:, 1]).double().mean().item()
+    assert 0.08 < twice < 0.26 and torch.allclose(weights, torch.full_like(weights, 0.5))
+    strata = agrpo.inverse_cdf(torch.ones(1, 6), torch.linspace(0, 1, 400, dtype=torch.float64)[None, :-1])
+    assert (steps.flatten().bincount() - strata.flatten().bincount()).abs().max() <= 2  # evenly over the batch

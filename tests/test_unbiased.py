@@ -86,7 +86,7 @@ def test_the_stepwise_advantage_is_r_minus_c_r_t_minus_its_expectation():
 
 def test_the_gate_moves_the_advantage():
     """Otherwise the gated rows would say nothing new."""
-    x = exact.problem(0, **exact.BLOCKS, step_baseline="ramp")
+    x = exact.problem(0, **exact.BLOCKS, step_baseline="ramp", num_generations=3)
     assert (exact.stepwise(x, gate=True) - exact.stepwise(x)).abs().max() > 0.05
 
 
@@ -183,7 +183,10 @@ def trajectory(run):
 )
 def test_greedy_ids_are_the_likeliest_completion_of_every_state(options):
     """Against an argmax over the words that are not [MASK], at what a full forward pass says of the state at t."""
-    model, config = exact.micro_model(0, sharpness=2), exact.micro_config(step_baseline="ramp", **options)
+    model, config = (
+        exact.micro_model(0, sharpness=2),
+        exact.micro_config(step_baseline="ramp", num_generations=3, **options),
+    )
     prompts = exact.PROMPT.repeat(40, 1)
     run = agrpo.rollout(model, prompts, prompts > -1, config, torch.Generator().manual_seed(0), micro_batch=7)
     assert config.blocks == 1 or run.steps_taken.min() < run.steps_taken.max()  # some stop early
