@@ -544,7 +544,8 @@ def curves(scale):
             for name in [OFFICIAL, *names]:
                 draw_curve(axis, rows[name], name, **({"color": "0.4", "ls": "--"} if name == OFFICIAL else {}))
             axis.set(title=title, xlabel="model evaluations, thousands", ylabel="% right, sampled, validation")
-            axis.legend(fontsize=7)
+            axis.set_ylim(0, 72)  # room for the names
+            axis.legend(fontsize=7, loc="upper left")
 
     finish("curves", {"scale": asdict(scale), "reference": OFFICIAL, "rows": rows}, draw, (11, 8), (2, 2))
 
