@@ -418,7 +418,7 @@ def stepwise_advantages(rewards, step_rewards, taken, G, c, gate):
     """
     m, plain = step_rewards.shape[1], group_advantages(rewards, G)  # (B,)
     require(bool(torch.isfinite(step_rewards).all()), "a reward is not finite")
-    executed = torch.arange(m, device=taken.device) < taken[:, None]  # (B, m)
+    executed = steps_before(taken, m)  # (B, m)
     r = step_rewards.where(executed, rewards[:, None]).view(-1, G, m)
     centred = r - (r.sum(1, keepdim=True) - r) / (G - 1)  # r_t less the mean of the others
     centred = centred.masked_fill((r == r[:, :1]).all(1, keepdim=True), 0).view(-1, m)  # not 3e-8 where all agree
@@ -432,10 +432,13 @@ def stepwise_advantages(rewards, step_rewards, taken, G, c, gate):
 def step_coefficients(config):
     """c of every step (m,). ramp: t / m, the share of the steps that r_t already knows; the best c, regressed on
     earlier batches, is close to it from the base model to a trained one (experiments/variance.py)."""
-    t = torch.arange(config.sampling_steps)
-    return (
-        t / len(t) if config.step_baseline == "ramp" else torch.full_like(t, config.step_coefficient, dtype=torch.float)
-    )
+    m = config.sampling_steps
+    return torch.arange(m) / m if config.step_baseline == "ramp" else torch.full((m,), config.step_coefficient)
+
+
+def steps_before(T, m):
+    """(B, m) bool: the steps t < T (B,)."""
+    return torch.arange(m, device=T.device) < T[:, None]
 
 
 def horizon_of(rollout, config):
@@ -467,9 +470,9 @@ def proposal(rollout, config):
     large. A step of entropy near 0 can then weigh 1e7; uniform_share a mixes in the uniform distribution:
     q = (1 - a) H_t / sum H + a / T, so that no step weighs more than 1 / a times what it does in a uniform draw.
     """
-    m, T = config.sampling_steps, horizon_of(rollout, config)[:, None]
-    executed = torch.arange(m, device=T.device) < T  # (B, m)
-    uniform = executed.double() / T
+    m, T = config.sampling_steps, horizon_of(rollout, config)  # (B,)
+    executed = steps_before(T, m)  # (B, m)
+    uniform = executed.double() / T[:, None]
     if config.importance_sampling == "uniform":
         return uniform
     if config.importance_sampling == "top_entropy":  # EGSPO ranks steps by the tokens that were kept
@@ -524,8 +527,7 @@ def batch_scores(rollout, advantages, config):
     is |A_t| sqrt(H_t), or |A_t| with uniform importance sampling. A uniform_share of it is spread evenly over the steps
     that can contribute, and bounds the weights.
     """
-    T = horizon_of(rollout, config)[:, None]
-    needed = torch.arange(config.sampling_steps, device=T.device) < T  # (B, m)
+    needed = steps_before(horizon_of(rollout, config), config.sampling_steps)  # (B, m)
     if config.beta == 0 and config.entropy_bonus == 0:
         needed = needed & (advantages != 0)
     score = advantages.double().abs() * needed
