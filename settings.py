@@ -114,7 +114,7 @@ ALGORITHMS = {  # for every model and task
     "egspo": EGSPO,
     "egspo-sa": EGSPO | {"step_baseline": "constant"},
 }
-LLADA_EGSPO = {  # what the EGSPO authors publish for LLaDA
+LLADA_EGSPO = {  # as its authors publish, but for a 4-bit base, adapter dropout, the score of kept tokens alone
     "completion_length": 256,
     "block_length": 32,
     "sampling_steps": 128,

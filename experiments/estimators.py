@@ -263,12 +263,15 @@ STEPS |= {
     "m = 4, low confidence, kept tokens only": (CONFIDENT, "kept tokens"),
 }
 DECODED = (1, 2, 4, 8)
+MAIN = [*COUNTDOWN, "2", "--mc-samples", "2"]  # the main run's
 COLLAPSE = {
-    "plain": ([*COUNTDOWN, "2", "--mc-samples", "2"], None),
-    "entropy bonus 0.05": ([*COUNTDOWN, "2", "--mc-samples", "2", "--entropy-bonus", "0.05"], None),
-    "entropy bonus 0.2": ([*COUNTDOWN, "2", "--mc-samples", "2", "--entropy-bonus", "0.2"], None),
-    "KL, beta 0.05": ([*COUNTDOWN, "2", "--mc-samples", "2", "--beta", "0.05"], None),
-    "temperature 1.3 in training": ([*COUNTDOWN, "2", "--mc-samples", "2", "--temperature", "1.3"], None),
+    "plain": (MAIN, None),
+    "entropy bonus 0.01": ([*MAIN, "--entropy-bonus", "0.01"], None),
+    "entropy bonus 0.02": ([*MAIN, "--entropy-bonus", "0.02"], None),
+    "entropy bonus 0.05": ([*MAIN, "--entropy-bonus", "0.05"], None),
+    "entropy bonus 0.2": ([*MAIN, "--entropy-bonus", "0.2"], None),
+    "KL, beta 0.05": ([*MAIN, "--beta", "0.05"], None),
+    "temperature 1.3 in training": ([*MAIN, "--temperature", "1.3"], None),
 }
 
 
@@ -524,7 +527,7 @@ def draw_variance(axes, value):
         axis.set_yticks(range(len(shown)), [label for label, *_ in shown], fontsize=8)
         axis.invert_yaxis()
         axis.set(title=f"{name}, {k}", xlabel="variance / squared gradient")
-    axes[0].legend(fontsize=7)
+    axes[-1].legend(*axes[0].get_legend_handles_labels(), loc="center")
 
 
 def curves(scale):
