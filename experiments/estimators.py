@@ -3,7 +3,7 @@
     python experiments/estimators.py exact       relative bias and variance by enumeration
     python experiments/estimators.py variance    variance on the real tiny tasks, base and trained
     python experiments/estimators.py curves      learning curves at equal numbers of model evaluations, five seeds
-    python experiments/estimators.py factors     low discrepancy and entropy weights: alone, both, neither
+    python experiments/estimators.py factors     low discrepancy and entropy weights, alone and together; parts of ours
     python experiments/estimators.py budget      what k is worth at each m
     python experiments/estimators.py steps       trained at m, decoded at m'
     python experiments/estimators.py collapse    how fast entropy goes, what it costs, what helps
@@ -250,6 +250,13 @@ CURVES = {  # name: (flags, replacement); Countdown, m = 6
     "ELBO, 2 samples": (TWO, "ELBO"),
 }
 FACTORS = [f"{weights}{draws}, k = 2" for weights in ("uniform", "entropy") for draws in (", independent draws", "")]
+ONE = [*COUNTDOWN, "6", "--mc-samples", "1"]
+PARTS = {  # of ours, at one timestep per completion
+    "uniform, k = 1": CURVES["uniform, k = 1"],
+    "entropy, k = 1": ([*ONE, *ENTROPY], None),
+    "entropy, shared by the batch, k = 1": ([*ONE, *ENTROPY, "--allocation", "batch"], None),
+    "AGRPO-SA (ours), k = 1": CURVES["AGRPO-SA (ours), k = 1"],
+}
 BUDGET = {
     f"m = {m}, k = {k}": ([*COUNTDOWN, str(m), "--mc-samples", str(k)], None)
     for m in (2, 4, 8)
@@ -552,16 +559,19 @@ def curves(scale):
 
 
 def factors(scale):
-    """Low discrepancy alone, entropy weights alone, both, neither: the control that the papers lack."""
-    results = learn_all({name: CURVES[name] for name in FACTORS}, scale, "two by two")
-    rows = learning_rows(results, "uniform, independent draws, k = 2")
-    print_rows(rows, "uniform, independent draws, k = 2")
+    """Low discrepancy and entropy weights, alone and together: the control the papers lack; and the parts of ours."""
+    results = learn_all({name: CURVES[name] for name in FACTORS} | PARTS, scale, "factors")
+    rows = {}
+    for k, reference in ((2, FACTORS[0]), (1, "uniform, k = 1")):
+        of_k = {name: seeds for name, seeds in results.items() if name.endswith(f"k = {k}")}
+        rows |= learning_rows(of_k, reference)
+    print_rows(rows, "")
 
     def draw(axes, _):
         for axis, policy in zip(axes, ("sampled", "greedy")):
             draw_bars(axis, rows, policy)
 
-    finish("factors", {"scale": asdict(scale), "rows": rows}, draw, (11, 2.6), (1, 2))
+    finish("factors", {"scale": asdict(scale), "rows": rows}, draw, (12, 3.4), (1, 2))
 
 
 def budget(scale):

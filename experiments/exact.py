@@ -488,6 +488,9 @@ EXACT = {  # what claims to be unbiased, and is
     "left to right": row(ENTROPY | {"unmasking": "left_to_right"}),
     "left to right, k = m = n (JustGRPO)": row({"unmasking": "left_to_right", "mc_samples": 4}),
     "allocated over the batch": row(ENTROPY | THREE | BATCH, estimator=allocated),
+    "allocated over the batch, r_t ramp gated (agrpo-sa)": row(
+        RAMP | THREE | BATCH, advantage=gated, estimator=allocated
+    ),
     "allocated over the batch, a third uniform, r_t": row(
         RAMP | THREE | BATCH | {"uniform_share": 1 / 3}, advantage=gated, estimator=allocated
     ),
