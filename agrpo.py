@@ -68,7 +68,7 @@ class AGRPOConfig:
     num_generations: int = 8  # G: completions per prompt
     mc_samples: int = 8  # k: timesteps per completion in an update; k >= T takes each step once, exactly
     importance_sampling: str = "uniform"  # uniform | entropy | top_entropy (EGSPO's, biased): how timesteps are drawn
-    uniform_share: float = 0.0  # of the entropy proposal that is uniform instead: bounds the weights at 1 / share
+    uniform_share: float = 0.0  # of the entropy proposal, or the batch's, that is uniform: no weight above 1 / share
     low_discrepancy: bool = True  # stratify the k draws within each completion
     horizon: str = "executed"  # executed | last_non_eos (the paper's, biased)
     normalization: str = "constant"  # constant (1/m) | trajectory (1/T, the paper's, biased if T varies)
@@ -114,9 +114,7 @@ class AGRPOConfig:
         require(0 <= self.uniform_share <= 1, f"uniform_share is {self.uniform_share}: in [0, 1]")
         require(0 <= self.step_coefficient <= 1, f"step_coefficient is {self.step_coefficient}: in [0, 1]")
         bounded = self.importance_sampling == "entropy" or self.allocation == "batch"
-        require(
-            self.uniform_share == 0 or bounded, "uniform_share is a share of the entropy proposal or of the batch's"
-        )
+        require(self.uniform_share == 0 or bounded, "uniform_share needs entropy sampling or allocation batch")
         alone = self.step_baseline == "ramp" and self.num_generations < 3
         require(not alone, "step_baseline ramp needs num_generations 3: with one fellow its gate is always shut")
         if self.allocation == "batch":
@@ -495,7 +493,7 @@ def sample_timesteps(rollout, config, generator):
     k strata cover [0, 1) once: the expectation of the sum is the same, its variance smaller. A single slot is not
     distributed as q, so nothing may be averaged or subtracted slot by slot.
     top_entropy takes the k steps of highest entropy, with the weights of a uniform draw (EGSPO): biased, as the
-    other steps are never seen (relative bias 0.4 to 0.8 on enumerable models), and of lower variance.
+    other steps are never seen (relative bias 0.25 to 0.8 on enumerable models).
     """
     m, k = config.sampling_steps, config.mc_samples
     T = horizon_of(rollout, config)[:, None]  # (B, 1)

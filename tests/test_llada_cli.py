@@ -72,6 +72,20 @@ def test_every_task_trains_and_is_evaluated_from_a_file(llada_folder, data, task
     assert len(answers) == 10 and answers[0].keys() >= {"prompt", "completion", "correct", "length"}
 
 
+@pytest.mark.parametrize("algorithm", ["egspo-sa", "agrpo-sa"])
+def test_the_other_algorithms_train_it_too(llada_folder, algorithm, tmp_path):
+    """Low-confidence unmasking in blocks, its KL to the adapter's absence, r_t: all on LLaDA's structure."""
+    pytest.importorskip("peft")
+    flags = [*SHORT, "--num-generations", "3", "--out", str(tmp_path / "run")]
+    assert train.main(["--model", str(llada_folder), "--task", "countdown", "--algorithm", algorithm, *flags]) == 0
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())["algorithm"]
+    assert stored["step_baseline"] != "none"
+    assert stored["unmasking"] == ("low_confidence" if algorithm == "egspo-sa" else "random")
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    # No answer of a random model is right: without advantage the KL alone asks for steps.
+    assert (row["evaluations"] > 0) == (algorithm == "egspo-sa" or row["signal"] > 0) and row["ratio_error"] < 1e-5
+
+
 def test_countdown_and_sudoku_need_no_data_and_a_bare_model_is_evaluated(llada_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for task in ("countdown", "sudoku"):
