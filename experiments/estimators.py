@@ -318,6 +318,7 @@ def learning_rows(results, reference):
             "greedy": interval(final(result, "greedy") for result in seeds),
             "sampled minus reference": interval(final(a, "sampled") - final(b, "sampled") for a, b in pairs),
             "greedy minus reference": interval(final(a, "greedy") - final(b, "greedy") for a, b in pairs),
+            "seeds": {policy: [final(result, policy) for result in seeds] for policy in ("sampled", "greedy")},
             "pass@16": interval(result["diversity"]["pass@16"] for result in seeds),
             "distinct right answers of 16": interval(result["diversity"]["distinct"] for result in seeds),
             "updates": statistics.mean(result["updates"] for result in seeds),
@@ -562,7 +563,7 @@ def factors(scale):
     """Low discrepancy and entropy weights, alone and together: the control the papers lack; and the parts of ours."""
     results = learn_all({name: CURVES[name] for name in FACTORS} | PARTS, scale, "factors")
     rows = {}
-    for k, reference in ((2, FACTORS[0]), (1, "uniform, k = 1")):
+    for k, reference in ((2, FACTORS[0]), (1, "entropy, k = 1")):
         of_k = {name: seeds for name, seeds in results.items() if name.endswith(f"k = {k}")}
         rows |= learning_rows(of_k, reference)
     print_rows(rows, "")
@@ -593,6 +594,7 @@ def budget(scale):
                 xlabel="k, timesteps per completion", ylabel=f"% right, {policy}, in m steps", xscale="log", xticks=ks
             )
             axis.set_xticklabels(ks)
+            axis.minorticks_off()
             axis.legend()
 
     finish("budget", {"scale": asdict(scale), "rows": rows}, draw, (10, 4), (1, 2))
