@@ -555,6 +555,20 @@ def systematic_draw(p, U):
     return passed.diff(prepend=passed.new_zeros(1)).view_as(p)
 
 
+def draw_step_weights(rollout, advantages, config, generator):
+    """(B, m) float64: what each step weighs in the loss, 0 where it was not drawn. advantages (B, m)."""
+    m = config.sampling_steps
+    if config.allocation == "completion":
+        steps, weights = sample_timesteps(rollout, config, generator)  # (B, k)
+        # A step drawn twice weighs twice, and is computed once.
+        return torch.zeros(len(steps), m, dtype=weights.dtype, device=weights.device).scatter_add(1, steps, weights)
+    score = batch_scores(rollout, advantages, config)  # (B, m)
+    p = inclusion_probabilities(score, total=config.mc_samples * int((score > 0).any(1).sum()))
+    taken = systematic_draw(p, uniforms((), generator).to(p.device))
+    length = horizon_of(rollout, config)[:, None] if config.normalization == "trajectory" else m
+    return taken / p.where(taken > 0, 1.0) / length
+
+
 # ----------------------------------------------------------------------------- the objective and its gradient
 
 
@@ -583,16 +597,7 @@ def accumulate_gradient(model, rollout, advantages, config, generator, micro_bat
     rollout = replace(rollout, mask_token_id=model.mask_token_id, eos_token_id=model.eos_token_id, greedy_ids=None)
     batch, m = len(rollout.completion_ids), config.sampling_steps
     advantages = advantages.to(rollout.unmask_step.device).reshape(batch, -1).expand(batch, m)
-    if config.allocation == "batch":
-        score = batch_scores(rollout, advantages, config)  # (B, m)
-        p = inclusion_probabilities(score, total=config.mc_samples * int((score > 0).any(1).sum()))
-        taken = systematic_draw(p, uniforms((), generator).to(p.device))
-        length = horizon_of(rollout, config)[:, None] if config.normalization == "trajectory" else m
-        step_weights = taken / p.where(taken > 0, 1.0) / length
-    else:
-        steps, weights = sample_timesteps(rollout, config, generator)  # (B, k)
-        # The total weight of each step; a step drawn twice is computed once.
-        step_weights = torch.zeros(batch, m, dtype=weights.dtype, device=weights.device).scatter_add(1, steps, weights)
+    step_weights = draw_step_weights(rollout, advantages, config, generator)  # (B, m)
     needed = step_weights != 0
     if config.beta == 0 and config.entropy_bonus == 0:
         needed &= advantages != 0  # a step without advantage has gradient exactly 0

@@ -133,18 +133,19 @@ def added_by_batch(p, A, S):
 class Fit:
     """The c that would have been best in the batches so far: least E[H_t (A - c x_t)^2], for all steps or for each."""
 
-    def __init__(self):
-        self.products, self.squares = 0.0, 1e-12
+    def __init__(self, m):
+        self.products, self.squares = torch.zeros(m, dtype=torch.float64), torch.full((m,), 1e-12, dtype=torch.float64)
 
     def add(self, plain, x, H):
-        self.products = self.products + (H * plain * x).sum(0)
-        self.squares = self.squares + (H * x * x).sum(0)
+        self.products += (H * plain * x).sum(0)
+        self.squares += (H * x * x).sum(0)
 
     def common(self):
-        return float((self.products + torch.zeros(1)).sum() / (self.squares + torch.zeros(1)).sum()) or 1 / 3
+        """One c; before there is a batch, EGSPO-SA's."""
+        return (self.products.sum() / self.squares.sum()).item() or 1 / 3
 
     def each(self):
-        return self.products / self.squares
+        return self.products / self.squares  # (m,)
 
 
 def advantages_of(R, r, taken, G, config, fit):
@@ -165,57 +166,67 @@ def advantages_of(R, r, taken, G, config, fit):
     }
 
 
-def measure(model, tokenizer, env, examples, run_config, config, batches, seed, ks=(1, 2, 4)):
+def roll_out(model, tokenizer, env, prompts, config, generator):
+    """A batch of G completions per prompt: the Rollout, rewards R (B,), step rewards r_t (B, m), scores S (B, m, .)."""
+    G = config.num_generations
+    ids, mask = (x.repeat_interleave(G, 0) for x in train.encode(tokenizer, env, prompts))
+    run = agrpo.rollout(model, ids, mask, config, generator)
+    answers = zip(train.decode(tokenizer, run.completion_ids), [p for p in prompts for _ in range(G)])
+    R = torch.tensor([env.reward(*answer) for answer in answers], dtype=torch.float64)
+    every = torch.ones(len(prompts), dtype=torch.bool)
+    r = train.step_rewards(run, tokenizer, env, prompts, chat=False, asked=every).double()
+    return run, R, r, step_scores(model, run, config)
+
+
+def added_by_all(run, S, K, k, A, named, total, config):
+    """{sampler: what drawing k timesteps adds to the variance of a batch's gradient}.
+
+    named {name: q (B, m)} are drawn independently and with low discrepancy; the official scheme draws by
+    named["entropy"]; allocation batch takes `total` steps in all."""
+    found = {}
+    for name, q in named.items():
+        for kind, stratified in (("independent", False), ("low discrepancy", True)):
+            found[f"{name}, {kind}"] = added_by_draws(q, A, K, k, run, config, stratified)
+    found[OFFICIAL] = added_by_official(named["entropy"], A, S, K, k, run, config)
+    score = agrpo.batch_scores(run, A, replace(config, importance_sampling="entropy"))
+    found[BATCH] = added_by_batch(agrpo.inclusion_probabilities(score, total), A, S)
+    return {name: added / len(A) ** 2 for name, added in found.items()}
+
+
+def measure(model, tokenizer, env, examples, run_config, config, batches, seed):
     """Variances of the gradient sum_j w_j A S (of the sum over steps, without the 1 / m of the loss).
 
     Returns {"full": {baseline: products (batches, batches) of the full-sum gradients}, "draws": {baseline: {k:
-    {sampler: [added by the draws, for each batch]}}}, "evaluations": {k: sequences in the update, official and shared},
-    "coefficients": fitted c_t, "largest_weight": {sampler: over that of a uniform draw}, "completions": B}.
+    {sampler: [added by the draws, for each batch]}}}, "evaluations": {k: sequences in the update, official and
+    shared}, "coefficients": fitted c_t, "largest_weight": {sampler: over that of a uniform draw}, "completions": B}.
     """
     rng, generator = train.streams(seed, "variance")
-    G, m, ks = config.num_generations, config.sampling_steps, [k for k in ks if k < config.sampling_steps]
-    gradients, draws, evaluations, weight, fit = {}, {}, {}, {}, Fit()
+    m = config.sampling_steps
+    gradients, draws, evaluations, weight, fit = {}, {}, {}, {}, Fit(m)
     running = torch.ones(m, dtype=torch.float64)
     for batch in tqdm(range(batches), leave=False):
         prompts = rng.choices(examples, k=run_config.prompts_per_step)
-        ids, mask = (x.repeat_interleave(G, 0) for x in train.encode(tokenizer, env, prompts))
-        run = agrpo.rollout(model, ids, mask, config, generator)
-        answers = zip(train.decode(tokenizer, run.completion_ids), [p for p in prompts for _ in range(G)])
-        R = torch.tensor([env.reward(*answer) for answer in answers], dtype=torch.float64)
-        every = torch.ones(len(prompts), dtype=torch.bool)
-        r = train.step_rewards(run, tokenizer, env, prompts, chat=False, asked=every).double()
-        S, B = step_scores(model, run, config), len(R)
+        run, R, r, S = roll_out(model, tokenizer, env, prompts, config, generator)
         K = torch.einsum("bsp,btp->bst", S, S).double()
         norms, H = K.diagonal(dim1=1, dim2=2).sqrt(), agrpo.step_entropies(run, m)
         doubt = torch.zeros_like(H).scatter_add(1, run.unmask_step, 1 - largest_probabilities(model, run, config))
-        advantages = advantages_of(R, r, run.steps_taken, G, config, fit)
-        for baseline, A in advantages.items():
-            gradients.setdefault(baseline, []).append((A.flatten().float() @ S.flatten(0, 1)) / B)
-            for k in ks:
-                found = draws.setdefault(baseline, {}).setdefault(str(k), {})
-                for name, q in proposals(H, doubt, A, norms, running).items():
-                    if baseline not in (GROUP_MEAN, RAMP) and name != "entropy":
-                        continue
-                    if "A_t" not in name:
-                        weight[name] = max(weight.get(name, 0.0), (1 / (m * q.min())).item())
-                    for stratified in (False, True):
-                        added = added_by_draws(q, A, K, k, run, config, stratified) / B**2
-                        kind = f"{name}, {'low discrepancy' if stratified else 'independent'}"
-                        found.setdefault(kind, []).append(added)
-                if baseline not in (GROUP_MEAN, RAMP) and k != 2:
-                    continue
-                q = H / H.sum(1, keepdim=True)
-                found.setdefault(OFFICIAL, []).append(added_by_official(q, A, S, K, k, run, config) / B**2)
-                # As many evaluations as the official draws, of which some fall on one step twice, need in the update.
-                total = distinct_draws(q, advantages[GROUP_MEAN], k)
-                score = agrpo.batch_scores(run, A, replace(config, importance_sampling="entropy"))
-                found.setdefault(BATCH, []).append(
-                    added_by_batch(agrpo.inclusion_probabilities(score, total), A, S) / B**2
-                )
-                evaluations.setdefault(str(k), []).append(total)
+        advantages = advantages_of(R, r, run.steps_taken, config.num_generations, config, fit)
         plain = advantages[GROUP_MEAN]
-        x = plain - agrpo.stepwise_advantages(R, r, run.steps_taken, G, 1.0, gate=True)
-        fit.add(plain, x, H)
+        for baseline, A in advantages.items():
+            gradients.setdefault(baseline, []).append((A.flatten().float() @ S.flatten(0, 1)) / len(R))
+            named, ks = proposals(H, doubt, A, norms, running), [k for k in (1, 2, 4) if k < m]
+            if baseline not in (GROUP_MEAN, RAMP):
+                named, ks = {"entropy": named["entropy"]}, [k for k in ks if k == 2]
+            for name, q in named.items():
+                if "A_t" not in name:
+                    weight[name] = max(weight.get(name, 0.0), (1 / (m * q.min())).item())
+            for k in ks:
+                # As many evaluations as the official draws, some of which fall on one step twice, need in the update.
+                total = distinct_draws(named["entropy"], plain, k)
+                evaluations.setdefault(k, []).append(total)
+                for name, added in added_by_all(run, S, K, k, A, named, total, config).items():
+                    draws.setdefault(baseline, {}).setdefault(str(k), {}).setdefault(name, []).append(added)
+        fit.add(plain, plain - agrpo.stepwise_advantages(R, r, run.steps_taken, config.num_generations, 1.0, True), H)
         running = (running * batch + (plain.abs() * norms).mean(0)) / (batch + 1)
     full = {name: (torch.stack(g) @ torch.stack(g).T).tolist() for name, g in gradients.items()}
     return {
@@ -224,5 +235,5 @@ def measure(model, tokenizer, env, examples, run_config, config, batches, seed, 
         "evaluations": {k: sum(counts) / len(counts) for k, counts in evaluations.items()},
         "coefficients": fit.each().tolist(),
         "largest_weight": weight,
-        "completions": B,
+        "completions": len(R),
     }

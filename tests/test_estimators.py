@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import agrpo
-from experiments import estimators, exact, variance
+from experiments import estimator_runs, estimators, exact, variance
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def few_rows(monkeypatch):
     """tests/test_unbiased.py measures all rows of the exact table; here two will do."""
     rows = {name: (exact.EXACT | exact.BIASED)[name] for name in ("uniform", "one pass, all masked (diffu-GRPO)")}
     monkeypatch.setattr(
-        estimators,
+        exact,
         "laboratory_rows",
         lambda seed, sharpness: {name: row(seed, sharpness) for name, row in rows.items()},
     )
@@ -35,15 +35,52 @@ def test_every_command_writes_its_numbers_and_its_picture(out, name):
 
 def test_a_finished_run_is_not_repeated(out, monkeypatch):
     estimators.main(["collapse", "--quick", "--out", str(out)])
-    monkeypatch.setattr(estimators, "do_one", None)
+    monkeypatch.setattr(estimator_runs, "do_one", None)
     before = (out / "estimators-collapse.json").read_text()
     estimators.main(["collapse", "--quick", "--out", str(out)])
     assert (out / "estimators-collapse.json").read_text() == before
 
 
+def test_other_code_is_another_run(monkeypatch):
+    job = {"seed": 0, "sharpness": 1.0}
+    before = estimator_runs.job_name(estimator_runs.measure_exact, job)
+    assert before == estimator_runs.job_name(estimator_runs.measure_exact, dict(job))
+    monkeypatch.setattr(estimator_runs, "code", lambda: ["other"])
+    assert before != estimator_runs.job_name(estimator_runs.measure_exact, job)
+
+
 def test_quick_numbers_cannot_replace_results():
     with pytest.raises(SystemExit):
         estimators.main(["curves", "--quick"])
+
+
+def test_an_estimator_is_compared_with_the_reference_of_the_same_seed():
+    def result(right):
+        return {
+            "curve": [{"evaluations": 1, "sampled": right}],
+            "updates": 1,
+            "cpu_seconds": 1,
+            "sampling_steps": 2,
+            "test": {"2": {"sampled": right, "greedy": right}, "4": {"sampled": 0.0, "greedy": 0.0}},
+            "diversity": {"pass@16": 0.0, "distinct": 0.0},
+        }
+
+    easy_and_hard = [0.9, 0.1]  # seeds differ by far more than the estimators
+    runs = {"reference": [result(x) for x in easy_and_hard], "other": [result(x + 0.05) for x in easy_and_hard]}
+    rows = estimators.learning_rows(runs, "reference")
+    assert rows["other"]["sampled minus reference"] == pytest.approx([0.05, 0])
+    assert rows["other"]["sampled"][1] > 1 and rows["reference"]["greedy minus reference"] == [0, 0]
+
+
+@pytest.mark.parametrize("algorithm, passes", [("agrpo", 1), ("egspo", 2)])
+def test_evaluations_count_rollouts_updates_and_the_reference(out, monkeypatch, algorithm, passes):
+    """With a KL to a reference model, every sequence of an update goes through two models."""
+    monkeypatch.setattr(estimator_runs, "FOLDER", out / "runs")
+    done = {"evaluations": 5, "entropy": 0.0, "signal": 0.0, "gradient_norm": 0.0}
+    monkeypatch.setattr(estimator_runs.train, "update", lambda *_: done)
+    flags = estimators.countdown(4, 2, "--algorithm", algorithm, "--prompts-per-step", "3")
+    result = estimator_runs.learn("countdown", flags, 0, evaluations=100, base_steps=5, questions=5, checks=1)
+    assert [point["evaluations"] for point in result["curve"]] == [0, 3 * 8 * 4 + 5 * passes]
 
 
 def test_the_interval_is_students():
@@ -96,7 +133,7 @@ def test_the_variance_of_draws_is_what_repetition_finds():
         ),
         "official": (
             variance.added_by_official(q, A, S, K, k, run, config, bins=2 * 512),
-            lambda: sampled(estimators.batch_stratified, config),
+            lambda: sampled(estimator_runs.batch_stratified, config),
         ),
         "allocation batch": (
             variance.added_by_batch(p, A, S),
@@ -116,8 +153,8 @@ def test_the_variance_of_draws_is_what_repetition_finds():
 def test_the_official_draws_of_the_curves_may_take_a_step_twice():
     """One set of strata for the batch, not one per completion: the run's own flags."""
     flags, replacement = estimators.CURVES[estimators.OFFICIAL]
-    _, config = estimators.train.parse_arguments(["--task", "countdown", *flags])
-    sampler = estimators.REPLACEMENTS[replacement]["sample_timesteps"]
+    _, config = estimator_runs.train.parse_arguments(["--task", "countdown", *flags])
+    sampler = estimator_runs.REPLACEMENTS[replacement]["sample_timesteps"]
     H = torch.ones(200, 6, dtype=torch.float64)
     at = torch.arange(6).expand(200, 6)
     run = agrpo.Rollout(at, at > -1, at, at, H, H, torch.full((200,), 6))

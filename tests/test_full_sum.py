@@ -115,3 +115,12 @@ def test_low_discrepancy_spreads_the_draws_of_each_completion():
     steps, _ = sample_timesteps(run, config, torch.Generator().manual_seed(0))
     assert (steps[:, 0] < 2).all() and (steps[:, 1] >= 2).all()
     assert len(steps.unique(dim=0)) == 2  # one uniform for both: 0 with 2, 1 with 3
+
+
+def test_egspo_takes_the_steps_of_highest_entropy_each_with_the_weight_of_a_uniform_draw(model):
+    config = make_config(importance_sampling="top_entropy")
+    run = make_rollout(model, config)
+    steps, weights = sample_timesteps(run, config, torch.Generator())
+    H = torch.zeros(6, 4, dtype=torch.float64).scatter_add(1, run.unmask_step, run.entropies)
+    assert torch.equal(steps.sort(1).values, H.topk(2).indices.sort(1).values)
+    assert torch.equal(weights, torch.full((6, 2), 1 / 2, dtype=torch.float64))
