@@ -3,6 +3,7 @@
     python experiments/estimators.py exact       relative bias and variance by enumeration
     python experiments/estimators.py variance    variance on the real tiny tasks, base and trained
     python experiments/estimators.py curves      learning curves at equal numbers of model evaluations, five seeds
+    python experiments/estimators.py confirm     what the curves suggest, on ten new seeds
     python experiments/estimators.py factors     low discrepancy and entropy weights, alone and together; parts of ours
     python experiments/estimators.py budget      what k is worth at each n and m
     python experiments/estimators.py steps       trained at m, decoded at m'
@@ -36,7 +37,7 @@ from experiments.estimator_runs import base_of, do_all, learn, make_base, measur
 from experiments.exact import EXACT, median, print_table
 
 RESULTS = Path(__file__).parent / "results"
-T_975 = {2: 12.71, 5: 2.776, 24: 2.069}  # Student's t, by number of seeds or batches
+T_975 = {2: 12.71, 5: 2.776, 10: 2.262, 24: 2.069}  # Student's t, by number of seeds or batches
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,15 @@ class Scale:
     """How much of everything: the real thing, or --quick."""
 
     seeds: int = 5
+    new_seeds: int = 10  # of `confirm`
     evaluations: int = 120_000  # model evaluations of a learning run: sequences of rollouts and updates
     base_steps: int = 1000
     questions: int = 1000  # test questions at the end of a run
     checks: int = 6  # validations on the way, on half as many questions
 
 
-QUICK = Scale(seeds=2, evaluations=1, base_steps=5, questions=5, checks=1)  # of two prompts, in one process
+# Of two prompts, in one process.
+QUICK = Scale(seeds=2, new_seeds=2, evaluations=1, base_steps=5, questions=5, checks=1)
 
 
 # --------------------------------------------------------------------------------- what is compared
@@ -84,6 +87,7 @@ CURVES = {  # name: (flags, replacement); Countdown, m = 6
     "diffu-GRPO": (countdown(6, 2), "diffu-GRPO"),
     "ELBO, 2 samples": (countdown(6, 2), "ELBO"),
 }
+CONFIRM = [OFFICIAL, "AGRPO-SA (ours), k = 2", "AGRPO-SA (ours), k = 1", "diffu-GRPO"]
 FACTORS = [f"{weights}{draws}, k = 2" for weights in ("uniform", "entropy") for draws in (", independent draws", "")]
 PARTS = {  # of ours, at one timestep per completion
     "uniform, k = 1": CURVES["uniform, k = 1"],
@@ -112,13 +116,13 @@ COLLAPSE = {
 }
 
 
-def learn_all(variants, scale, description, **more):
-    """{name: [result of each seed]} of learning runs on Countdown."""
-    options = {name: value for name, value in asdict(scale).items() if name != "seeds"} | more
+def learn_all(variants, scale, description, seeds=None, **more):
+    """{name: [result of each seed]} of learning runs on Countdown, by default of the first seeds."""
+    options = {name: value for name, value in asdict(scale).items() if "seeds" not in name} | more
     small = ["--prompts-per-step", "2"] if scale == QUICK else []
     jobs = [
         {"task": "countdown", "flags": [*flags, *small], "seed": seed, "replacement": replacement} | options
-        for seed in range(scale.seeds)
+        for seed in seeds or range(scale.seeds)
         for flags, replacement in variants.values()
     ]
     do_all(make_base, [base_of(**job) for job in jobs], "base models")
@@ -208,14 +212,15 @@ def draw_curve(axis, row, label, **style):
     axis.fill_between(x, low, high, color=line.get_color(), alpha=0.12, lw=0)
 
 
-def draw_bars(axis, rows, policy):
-    """Accuracy at the end with its 95% interval, a line per estimator."""
-    mean, half = zip(*(row[policy] for row in rows.values()))
+def draw_both(rows, axes):
+    """Accuracy at the end with its 95% interval, a line per estimator; sampled and greedy."""
     y = range(len(rows))
-    axis.errorbar([100 * x for x in mean], y, xerr=[100 * x for x in half], fmt="o", capsize=3)
-    axis.set(yticks=list(y), xlabel=f"% right, {policy}, 95% interval over seeds")
-    axis.set_yticklabels(rows)
-    axis.invert_yaxis()
+    for axis, policy in zip(axes, ("sampled", "greedy")):
+        mean, half = zip(*(row[policy] for row in rows.values()))
+        axis.errorbar([100 * x for x in mean], y, xerr=[100 * x for x in half], fmt="o", capsize=3)
+        axis.set(yticks=list(y), xlabel=f"% right, {policy}, 95% interval over seeds")
+        axis.set_yticklabels(rows)
+        axis.invert_yaxis()
 
 
 # --------------------------------------------------------------------------------- the commands
@@ -370,6 +375,21 @@ def curves(scale):
     finish("curves", {"scale": asdict(scale), "reference": OFFICIAL, "rows": rows}, draw, (11, 8), (2, 2))
 
 
+def confirm(scale):
+    """What the curves suggest, on seeds that did not suggest it."""
+    seeds = range(scale.seeds, scale.seeds + scale.new_seeds)
+    results = learn_all({name: CURVES[name] for name in CONFIRM}, scale, "new seeds", seeds)
+    rows = learning_rows(results, OFFICIAL)
+    print_rows(rows, OFFICIAL)
+    finish(
+        "confirm",
+        {"scale": asdict(scale), "reference": OFFICIAL, "rows": rows},
+        partial(draw_both, rows),
+        (12, 3.4),
+        (1, 2),
+    )
+
+
 def factors(scale):
     """Low discrepancy and entropy weights, alone and together: the control the papers lack; and the parts of ours."""
     results = learn_all({name: CURVES[name] for name in FACTORS} | PARTS, scale, "factors")
@@ -378,12 +398,7 @@ def factors(scale):
         of_k = {name: seeds for name, seeds in results.items() if name.endswith(f"k = {k}")}
         rows |= learning_rows(of_k, reference)
     print_rows(rows, "")
-
-    def draw(axes):
-        for axis, policy in zip(axes, ("sampled", "greedy")):
-            draw_bars(axis, rows, policy)
-
-    finish("factors", {"scale": asdict(scale), "rows": rows}, draw, (12, 3.4), (1, 2))
+    finish("factors", {"scale": asdict(scale), "rows": rows}, partial(draw_both, rows), (12, 3.4), (1, 2))
 
 
 def budget(scale):
@@ -474,7 +489,7 @@ def collapse(scale):
     finish("collapse", {"scale": asdict(scale), "rows": rows}, draw, (13, 3.8), (1, 3))
 
 
-COMMANDS = (exact, variance, curves, factors, budget, steps, collapse)
+COMMANDS = (exact, variance, curves, confirm, factors, budget, steps, collapse)
 
 
 def main(argv=None):
