@@ -429,7 +429,7 @@ def stepwise_advantages(rewards, step_rewards, taken, G, c, gate):
 
 def step_coefficients(config):
     """c of every step (m,). ramp: t / m, the share of the steps that r_t already knows; the best c, regressed on
-    earlier batches, is close to it from the base model to a trained one (experiments/variance.py)."""
+    earlier batches, is close to it, or larger on trained Sudoku at hardly less variance (experiments/variance.py)."""
     m = config.sampling_steps
     return torch.arange(m) / m if config.step_baseline == "ramp" else torch.full((m,), config.step_coefficient)
 
@@ -490,8 +490,8 @@ def sample_timesteps(rollout, config, generator):
     Importance weights w_j = 1 / (k q_t) / m make E[sum_j w_j f(t_j)] = (1/m) sum_{t < T} f(t) for every f.
     normalization "trajectory" has 1/T in place of 1/m: the paper's per-trajectory mean, biased where T varies.
     low_discrepancy: one uniform U per completion, u_j = (j + U) / k. u_j is uniform on its stratum, and together the
-    k strata cover [0, 1) once: the expectation of the sum is the same, its variance smaller. A single slot is not
-    distributed as q, so nothing may be averaged or subtracted slot by slot.
+    k strata cover [0, 1) once: the expectation of the sum is the same, its variance smaller, unless f has a period
+    of 1 / k in the cumulative q. A single slot is not distributed as q: nothing may be averaged or subtracted by slot.
     top_entropy takes the k steps of highest entropy, with the weights of a uniform draw (EGSPO): biased, as the
     other steps are never seen (relative bias 0.25 to 0.8 on enumerable models).
     """

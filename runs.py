@@ -172,7 +172,7 @@ def append_line(path, value):
 
 def write_text(path, text):
     """Write beside and rename, so that the file is whole whenever it is there."""
-    unfinished = path.with_name(path.name + ".tmp")
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     unfinished.write_text(text)
     unfinished.replace(path)
 

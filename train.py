@@ -178,7 +178,8 @@ def base_model(run_config, config, task, cache):
     settings = {k: v for k, v in asdict(run_config).items() if k.startswith("base_") or k in ("task", "seed")}
     settings |= {"model": asdict(model.config), "completion_length": config.completion_length}
     # The code is a setting too: after a change to it, an old base model would pass for a new one.
-    code = [Path(module.__file__).read_text() for module in (tiny_dllm, tasks)] + [inspect.getsource(pretrain)]
+    code = [Path(module.__file__).read_text() for module in (tiny_dllm, tasks)]
+    code += [inspect.getsource(function) for function in (pretrain, new_model, encode, streams)]
     key = hashlib.sha256(json.dumps([settings, code]).encode()).hexdigest()[:12]
     folder = cache / f"base-{run_config.task}-{key}"
 

@@ -6,15 +6,14 @@ is kept in runs/estimators under its settings and all code that its numbers depe
 
 import ast
 import hashlib
-import itertools
 import json
 import math
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
@@ -45,32 +44,30 @@ def do_all(function, jobs, description):
     paths = [FOLDER / f"{job_name(function, job)}.json" for job in jobs]
     todo = [(function, path, job) for path, job in dict(zip(paths, jobs)).items() if not path.exists()]
     with tqdm(total=len(todo), desc=description) as bar:
-        for _ in done_in_parallel(function, todo) if WORKERS else itertools.starmap(do_one, todo):
+        for _ in done_in_parallel(todo) if WORKERS else map(do_one, todo):
             bar.update()
     return [json.loads(path.read_text()) for path in paths]
 
 
-def done_in_parallel(function, todo):
-    """Yield as runs are finished."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(WORKERS, spawn, initializer=initialise, initargs=(FOLDER,)) as pool:
-        try:
-            for future in as_completed([pool.submit(do_one, *one) for one in todo]):
-                yield future.result()
-        except BaseException:  # an error, or Ctrl-C: what has not begun need not
-            pool.shutdown(cancel_futures=True)
-            raise
+def done_in_parallel(todo):
+    """Yield as runs are finished; an error, or Ctrl-C, ends those that are not."""
+    with multiprocessing.get_context("spawn").Pool(WORKERS, initialise, (FOLDER,)) as pool:
+        yield from pool.imap_unordered(do_one, todo)
 
 
 def initialise(folder):
-    """A process of the pool: one thread, as the tensors are small; quiet."""
+    """A process of the pool: one thread, as the tensors are small; quiet; ended by the pool alone."""
     global FOLDER
     FOLDER = folder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
 
 
-def do_one(function, path, job):
+def do_one(one):
+    function, path, job = one
+    if job_name(function, job) != path.stem:  # this process has read newer files than the one that started it
+        raise RuntimeError("the code was changed while this command ran: start it again")
     started = time.process_time()
     result = function(**job)
     runs.write_json(path, {"job": job, "cpu_seconds": time.process_time() - started} | result)
@@ -84,9 +81,9 @@ def job_name(function, job):
 
 @cache
 def code():
-    """What a run's numbers depend on, without comments and layout."""
+    """What a run's numbers depend on beside its settings; comments and layout do not count."""
     modules = (sys.modules[__name__], agrpo, contrasts, enumeration, settings, tasks, tiny_dllm, train, var)
-    return [ast.dump(ast.parse(Path(module.__file__).read_text())) for module in modules]
+    return [torch.__version__, *(ast.dump(ast.parse(Path(module.__file__).read_text())) for module in modules)]
 
 
 # --------------------------------------------------------------------------------- one learning run
@@ -200,7 +197,7 @@ REPLACEMENTS = {
 
 
 def measure_variance(task, m, updates, batches, prompts, base_steps, seed=0):
-    """variance.measure on a base model, or after some updates with k = 2 uniform timesteps."""
+    """variance.measure on a base model, or after some updates with k = 2, timesteps drawn as the preset has it."""
     flags = ["--sampling-steps", str(m), "--mc-samples", "2", "--step-baseline", "ramp"]  # the rollout keeps r_t
     run_config, config, env, model, tokenizer = setting(task, seed, base_steps, flags)
     examples = env.load("train")

@@ -15,12 +15,14 @@ one thread each; a finished run is kept in runs/estimators, under its settings a
 interrupted command goes on where it was, and commands share runs. --quick makes everything tiny: it shows that the code
 runs, and nothing else.
 
-Evaluations are sequences through the model, of rollouts and of updates; the backward pass of an update is not counted
-(it makes an evaluation of the update cost about three of the rollout: the CPU seconds beside the results tell).
+Evaluations are sequences through the model: of rollouts, of updates, and of a reference model. The backward pass of an
+update is not counted (it makes its evaluation cost about three of the rollout). CPU seconds are those of a whole run,
+its validations and tests included.
 """
 
 import argparse
 import math
+import signal
 import statistics
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -144,28 +146,28 @@ def final(result, policy, steps=None):
     return result["test"][str(steps or result["sampling_steps"])][policy]
 
 
+def paired(seeds, reference, policy, steps=None):
+    """The interval of the difference in final accuracy to the reference's runs of the same seeds."""
+    return interval(final(a, policy, steps) - final(b, policy, steps) for a, b in zip(seeds, reference))
+
+
 def learning_rows(results, reference):
     """{name: accuracies at the end, their difference to the reference's run of the same seed, and the curve}."""
     rows = {}
     for name, seeds in results.items():
-        pairs = list(zip(seeds, results[reference]))
         rows[name] = {
             "sampled": interval(final(result, "sampled") for result in seeds),
             "greedy": interval(final(result, "greedy") for result in seeds),
-            "sampled minus reference": interval(final(a, "sampled") - final(b, "sampled") for a, b in pairs),
-            "greedy minus reference": interval(final(a, "greedy") - final(b, "greedy") for a, b in pairs),
+            "sampled minus reference": paired(seeds, results[reference], "sampled"),
+            "greedy minus reference": paired(seeds, results[reference], "greedy"),
             "seeds": {policy: [final(result, policy) for result in seeds] for policy in ("sampled", "greedy")},
             "pass@16": interval(result["diversity"]["pass@16"] for result in seeds),
             "distinct right answers of 16": interval(result["diversity"]["distinct"] for result in seeds),
             "updates": statistics.mean(result["updates"] for result in seeds),
             "cpu_seconds": statistics.mean(result["cpu_seconds"] for result in seeds),
             "curve": [
-                {"evaluations": point[0]["evaluations"], "sampled": interval(p["sampled"] for p in point)}
-                | {
-                    name: statistics.mean(p[name] for p in point)
-                    for name in ("entropy", "signal", "gradient_norm")
-                    if name in point[0]
-                }
+                {"sampled": interval(p["sampled"] for p in point)}
+                | {name: statistics.mean(p[name] for p in point) for name in point[0] if name != "sampled"}
                 for point in zip(*(result["curve"] for result in seeds))
             ],
         }
@@ -259,8 +261,8 @@ def exact(scale):
 
 
 def variance_summary(measured):
-    """Variance over the squared gradient: of the full sum and in all, for each baseline, k and sampler; and by how much
-    ours is below the official scheme, with the 95% interval of a jackknife over batches."""
+    """Variance over the squared gradient: of the full sum and in all, for each baseline, k and sampler; and ours
+    over the official scheme, with the 95% interval of a jackknife over batches."""
     products = {name: torch.tensor(rows, dtype=torch.float64) for name, rows in measured["full"].items()}
     batches = len(products[var.RAMP])
 
@@ -381,13 +383,11 @@ def confirm(scale):
     results = learn_all({name: CURVES[name] for name in CONFIRM}, scale, "new seeds", seeds)
     rows = learning_rows(results, OFFICIAL)
     print_rows(rows, OFFICIAL)
-    finish(
-        "confirm",
-        {"scale": asdict(scale), "reference": OFFICIAL, "rows": rows},
-        partial(draw_both, rows),
-        (12, 3.4),
-        (1, 2),
-    )
+    ours, diffu = (results[name] for name in ("AGRPO-SA (ours), k = 2", "diffu-GRPO"))
+    difference = {policy: paired(ours, diffu, policy) for policy in ("sampled", "greedy")}
+    print("ours, k = 2, minus diffu-GRPO:", difference)
+    value = {"scale": asdict(scale), "reference": OFFICIAL, "rows": rows, "ours, k = 2, minus diffu-GRPO": difference}
+    finish("confirm", value, partial(draw_both, rows), (12, 3.4), (1, 2))
 
 
 def factors(scale):
@@ -444,10 +444,7 @@ def steps(scale):
         for name, seeds in results.items()
     }
     exact, kept = (results[name] for name in list(STEPS)[-2:])
-    difference = {
-        policy: interval(final(a, policy, 4) - final(b, policy, 4) for a, b in zip(exact, kept))
-        for policy in ("sampled", "greedy")
-    }
+    difference = {policy: paired(exact, kept, policy, 4) for policy in ("sampled", "greedy")}
     for name, row in rows.items():
         for policy, cells in row.items():
             print(f"{name:<44}{policy:<9}" + "".join(f"{100 * a:8.1f} +-{100 * b:4.1f}" for a, b in cells.values()))
@@ -506,10 +503,14 @@ def main(argv=None):
     if chosen.quick:
         estimator_runs.WORKERS = 0
     RESULTS.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     for command in COMMANDS:
         if chosen.command in (command.__name__, "all"):
             command(QUICK if chosen.quick else Scale())
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted: the same command goes on from here")

@@ -12,12 +12,12 @@ import train
 
 
 def tiny_sudoku(batch=3, G=4, m=8):
-    """(rollout, tokenizer, task, prompts): greedy completions that are right, wrong and repeated, by no model."""
+    """(rollout, tokenizer, task, prompts, texts): greedy completions, right, wrong and repeated, by no model."""
     task, tokenizer = tasks.TASKS["sudoku"], tiny_dllm.character_tokenizer()
     prompts, rng = task.load("validation")[:batch], random.Random(0)
 
     def spoilt(prompt):
-        """The solution with some cells overwritten; one in three states repeats a completion that others have too."""
+        """The solution, or with the upper half wrong, as in other states too, or with six random cells overwritten."""
         cells = list(task.solution(prompt, rng))
         for cell in rng.choice([[], range(8), rng.sample(range(16), 6)]):
             cells[cell] = "1"
