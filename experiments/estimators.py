@@ -8,6 +8,7 @@
     python experiments/estimators.py budget      what k is worth at each n and m
     python experiments/estimators.py steps       trained at m, decoded at m'
     python experiments/estimators.py collapse    how fast entropy goes, what it costs, what helps
+    python experiments/estimators.py sudoku      ours, the official draws and diffu-GRPO on a task of another kind
     python experiments/estimators.py all
 
 Each writes results/estimators-NAME.json and .png. A command is a list of independent runs, shared among processes of
@@ -61,8 +62,8 @@ QUICK = Scale(seeds=2, new_seeds=2, evaluations=1, base_steps=5, questions=5, ch
 # --------------------------------------------------------------------------------- what is compared
 
 
-def countdown(m, k, *flags):
-    """Flags of a learning run on Countdown."""
+def steps_of(m, k, *flags):
+    """Flags of a learning run: k of m timesteps, and more."""
     return ["--prompts-per-step", "16", "--sampling-steps", str(m), "--mc-samples", str(k), *flags]
 
 
@@ -70,56 +71,62 @@ ENTROPY = ["--importance-sampling", "entropy"]
 PAPER = ["--horizon", "last_non_eos", "--normalization", "trajectory"]
 OFFICIAL = "official: entropy, batch-stratified, k = 2"
 CURVES = {  # name: (flags, replacement); Countdown, m = 6
-    OFFICIAL: (countdown(6, 2, *ENTROPY, "--no-low-discrepancy"), "official"),
-    "uniform, k = 1": (countdown(6, 1), None),
-    "uniform, k = 2": (countdown(6, 2), None),
-    "uniform, k = 4": (countdown(6, 4), None),
-    "full sum, k = 6": (countdown(6, 6), None),
-    "uniform, independent draws, k = 2": (countdown(6, 2, "--no-low-discrepancy"), None),
-    "entropy, independent draws, k = 2": (countdown(6, 2, *ENTROPY, "--no-low-discrepancy"), None),
-    "entropy, k = 2": (countdown(6, 2, *ENTROPY), None),
-    "entropy, paper's horizon and mean, k = 2": (countdown(6, 2, *ENTROPY, *PAPER), None),
-    "entropy with step baseline, k = 2": (countdown(6, 2, *ENTROPY, "--step-baseline", "ramp"), None),
-    "AGRPO-SA (ours), k = 2": (countdown(6, 2, "--algorithm", "agrpo-sa"), None),
-    "AGRPO-SA (ours), k = 1": (countdown(6, 1, "--algorithm", "agrpo-sa"), None),
-    "EGSPO, K = 2": (countdown(6, 2, "--algorithm", "egspo"), None),
-    "EGSPO-SA, K = 2": (countdown(6, 2, "--algorithm", "egspo-sa"), None),
-    "EGSPO without KL, K = 2": (countdown(6, 2, "--algorithm", "egspo", "--beta", "0"), None),
-    "EGSPO-SA without KL, K = 2": (countdown(6, 2, "--algorithm", "egspo-sa", "--beta", "0"), None),
-    "diffu-GRPO": (countdown(6, 2), "diffu-GRPO"),
-    "ELBO, 2 samples": (countdown(6, 2), "ELBO"),
+    OFFICIAL: (steps_of(6, 2, *ENTROPY, "--no-low-discrepancy"), "official"),
+    "uniform, k = 1": (steps_of(6, 1), None),
+    "uniform, k = 2": (steps_of(6, 2), None),
+    "uniform, k = 4": (steps_of(6, 4), None),
+    "full sum, k = 6": (steps_of(6, 6), None),
+    "uniform, independent draws, k = 2": (steps_of(6, 2, "--no-low-discrepancy"), None),
+    "entropy, independent draws, k = 2": (steps_of(6, 2, *ENTROPY, "--no-low-discrepancy"), None),
+    "entropy, k = 2": (steps_of(6, 2, *ENTROPY), None),
+    "entropy, paper's horizon and mean, k = 2": (steps_of(6, 2, *ENTROPY, *PAPER), None),
+    "entropy with step baseline, k = 2": (steps_of(6, 2, *ENTROPY, "--step-baseline", "ramp"), None),
+    "AGRPO-SA (ours), k = 2": (steps_of(6, 2, "--algorithm", "agrpo-sa"), None),
+    "AGRPO-SA (ours), k = 1": (steps_of(6, 1, "--algorithm", "agrpo-sa"), None),
+    "EGSPO, K = 2": (steps_of(6, 2, "--algorithm", "egspo"), None),
+    "EGSPO-SA, K = 2": (steps_of(6, 2, "--algorithm", "egspo-sa"), None),
+    "EGSPO without KL, K = 2": (steps_of(6, 2, "--algorithm", "egspo", "--beta", "0"), None),
+    "EGSPO-SA without KL, K = 2": (steps_of(6, 2, "--algorithm", "egspo-sa", "--beta", "0"), None),
+    "diffu-GRPO": (steps_of(6, 2), "diffu-GRPO"),
+    "ELBO, 2 samples": (steps_of(6, 2), "ELBO"),
 }
 CONFIRM = [OFFICIAL, "AGRPO-SA (ours), k = 2", "AGRPO-SA (ours), k = 1", "diffu-GRPO"]
 FACTORS = [f"{weights}{draws}, k = 2" for weights in ("uniform", "entropy") for draws in (", independent draws", "")]
 PARTS = {  # of ours, at one timestep per completion
     "uniform, k = 1": CURVES["uniform, k = 1"],
-    "entropy, k = 1": (countdown(6, 1, *ENTROPY), None),
-    "entropy, shared by the batch, k = 1": (countdown(6, 1, *ENTROPY, "--allocation", "batch"), None),
+    "entropy, k = 1": (steps_of(6, 1, *ENTROPY), None),
+    "entropy, shared by the batch, k = 1": (steps_of(6, 1, *ENTROPY, "--allocation", "batch"), None),
     "AGRPO-SA (ours), k = 1": CURVES["AGRPO-SA (ours), k = 1"],
 }
-BUDGET = {f"m = {m}, k = {k}": (countdown(m, k), None) for m in (2, 4, 8) for k in (1, 2, 4, 8) if k <= m}
+BUDGET = {f"m = {m}, k = {k}": (steps_of(m, k), None) for m in (2, 4, 8) for k in (1, 2, 4, 8) if k <= m}
 LONGER = 16  # n, where it is not 8
 BUDGET |= {
-    f"n = {LONGER}, m = 4, k = {k}": (countdown(4, k, "--completion-length", str(LONGER)), None) for k in (1, 2, 4)
+    f"n = {LONGER}, m = 4, k = {k}": (steps_of(4, k, "--completion-length", str(LONGER)), None) for k in (1, 2, 4)
 }
-STEPS = {f"trained at m = {m}": (countdown(m, min(m, 2)), None) for m in (1, 2, 4, 8)}
-CONFIDENT = countdown(4, 2, "--unmasking", "low_confidence")
+STEPS = {f"trained at m = {m}": (steps_of(m, min(m, 2)), None) for m in (1, 2, 4, 8)}
+CONFIDENT = steps_of(4, 2, "--unmasking", "low_confidence")
 STEPS |= {
     "m = 4, low confidence": (CONFIDENT, None),
     "m = 4, low confidence, kept tokens only": (CONFIDENT, "kept tokens"),
 }
 DECODED = (1, 2, 4, 8)
 COLLAPSE = {
-    "plain": (countdown(2, 2), None),
-    "entropy bonus 0.02": (countdown(2, 2, "--entropy-bonus", "0.02"), None),
-    "entropy bonus 0.05": (countdown(2, 2, "--entropy-bonus", "0.05"), None),
-    "KL, beta 0.05": (countdown(2, 2, "--beta", "0.05"), None),
-    "temperature 1.3 in training": (countdown(2, 2, "--temperature", "1.3"), None),
+    "plain": (steps_of(2, 2), None),
+    "entropy bonus 0.02": (steps_of(2, 2, "--entropy-bonus", "0.02"), None),
+    "entropy bonus 0.05": (steps_of(2, 2, "--entropy-bonus", "0.05"), None),
+    "KL, beta 0.05": (steps_of(2, 2, "--beta", "0.05"), None),
+    "temperature 1.3 in training": (steps_of(2, 2, "--temperature", "1.3"), None),
+}
+
+SUDOKU = {
+    OFFICIAL: (steps_of(8, 2, *ENTROPY, "--no-low-discrepancy"), "official"),
+    "AGRPO-SA (ours), k = 2": (steps_of(8, 2, "--algorithm", "agrpo-sa"), None),
+    "diffu-GRPO": (steps_of(8, 2), "diffu-GRPO"),
 }
 
 
 def learn_all(variants, scale, description, seeds=None, **more):
-    """{name: [result of each seed]} of learning runs on Countdown, by default of the first seeds."""
+    """{name: [result of each seed]} of learning runs, by default on Countdown and of the first seeds."""
     options = {name: value for name, value in asdict(scale).items() if "seeds" not in name} | more
     small = ["--prompts-per-step", "2"] if scale == QUICK else []
     jobs = [
@@ -486,7 +493,22 @@ def collapse(scale):
     finish("collapse", {"scale": asdict(scale), "rows": rows}, draw, (13, 3.8), (1, 3))
 
 
-COMMANDS = (exact, variance, curves, confirm, factors, budget, steps, collapse)
+def sudoku(scale):
+    """A task of another kind: rewards for parts of an answer, and later steps that can use what earlier ones wrote."""
+    scale = scale if scale == QUICK else replace(scale, evaluations=60_000, base_steps=600)  # train.py's base model
+    rows = learning_rows(learn_all(SUDOKU, scale, "Sudoku", task="sudoku"), OFFICIAL)
+    print_rows(rows, OFFICIAL)
+
+    def draw(axes):
+        for name, row in rows.items():
+            draw_curve(axes[0], row, name)
+        axes[0].set(xlabel="model evaluations, thousands", ylabel="% right, sampled, validation")
+        axes[0].legend()
+
+    finish("sudoku", {"scale": asdict(scale), "reference": OFFICIAL, "rows": rows}, draw, (6, 4), (1, 1))
+
+
+COMMANDS = (exact, variance, curves, confirm, factors, budget, steps, collapse, sudoku)
 
 
 def main(argv=None):

@@ -91,7 +91,7 @@ def test_evaluations_count_rollouts_updates_and_the_reference(out, monkeypatch, 
     monkeypatch.setattr(estimator_runs, "FOLDER", out / "runs")
     done = {"evaluations": 5, "entropy": 0.0, "signal": 0.0, "gradient_norm": 0.0}
     monkeypatch.setattr(estimator_runs.train, "update", lambda *_: done)
-    flags = estimators.countdown(4, 2, "--algorithm", algorithm, "--prompts-per-step", "3")
+    flags = estimators.steps_of(4, 2, "--algorithm", algorithm, "--prompts-per-step", "3")
     result = estimator_runs.learn("countdown", flags, 0, evaluations=100, base_steps=5, questions=5, checks=1)
     assert [point["evaluations"] for point in result["curve"]] == [0, 3 * 8 * 4 + 5 * passes]
 
