@@ -41,7 +41,7 @@ importance_sampling top_entropy), EGSPO-SA also a baseline that looks at the sta
 unmasking left_to_right with k = m = n. Ours, agrpo-sa, is unbiased: step_baseline ramp, allocation batch.
 
 Reading order: AGRPOConfig, token_logprobs, Rollout, rollout, group_advantages, sample_timesteps, clipped_objective,
-accumulate_gradient; then stepwise_advantages, batch_scores. A model is any callable (ids, attention_mask=,
+accumulate_gradient; then stepwise_advantages, batch_proposal. A model is any callable (ids, attention_mask=,
 positions=) -> logits with the attributes mask_token_id and eos_token_id. Logits exist where a token may be written,
 and for step baselines at every [MASK], and nowhere else.
 """
@@ -246,7 +246,7 @@ class Rollout:
         """The action at step t (B,): the positions it draws (B, n) bool, the tokens (B, n), their log-probabilities.
 
         What is drawn is written, but under low confidence: there the action is all that was drawn, and keeping the
-        most confident of it is the environment's answer. The score of the kept tokens alone would be biased."""
+        most confident of it is the environment's answer. The gradient of the kept tokens alone is biased."""
         if self.drawn_ids is None:
             return self.unmasked_at(t), self.completion_ids, self.logprobs
         rows = torch.arange(len(t), device=t.device)
@@ -517,31 +517,31 @@ def sample_timesteps(rollout, config, generator):
     return steps, weights / (T if config.normalization == "trajectory" else m)
 
 
-def batch_scores(rollout, advantages, config):
-    """(B, m) float64, sum 1: what share of the batch's draws each step should get. advantages (B, m).
+def batch_proposal(rollout, advantages, config):
+    """q (B, m) float64, sum 1: what share of the batch's draws each step should get. advantages (B, m).
 
     The variance is least where a step is taken with a probability in proportion to the norm of its term,
-    |A_t| ||grad log pi(a_t | s_t)||, and the squared norm of the score is about as large as the entropy H_t: the score
-    is |A_t| sqrt(H_t), or |A_t| with uniform importance sampling. A uniform_share of it is spread evenly over the steps
-    that can contribute, and bounds the weights.
+    |A_t| ||grad log pi(a_t | s_t)||, and the squared norm of that gradient is about as large as the entropy H_t: q is
+    proportional to |A_t| sqrt(H_t), or to |A_t| with uniform importance sampling. A uniform_share of it is spread
+    evenly over the steps that can contribute, and bounds the weights.
     """
     needed = steps_before(horizon_of(rollout, config), config.sampling_steps)  # (B, m)
     if config.beta == 0 and config.entropy_bonus == 0:
         needed = needed & (advantages != 0)
-    score = advantages.double().abs() * needed
+    q = advantages.double().abs() * needed
     if config.importance_sampling == "entropy":
-        score = score * step_entropies(rollout, config.sampling_steps).sqrt()
-    score = score / score.sum().clamp(min=1e-300)
-    return (1 - config.uniform_share) * score + config.uniform_share * needed / needed.sum().clamp(min=1)
+        q = q * step_entropies(rollout, config.sampling_steps).sqrt()
+    q = q / q.sum().clamp(min=1e-300)
+    return (1 - config.uniform_share) * q + config.uniform_share * needed / needed.sum().clamp(min=1)
 
 
-def inclusion_probabilities(score, total):
-    """p = min(1, lambda score), of any shape, with sum p = total, or 1 for every positive score if they are fewer.
+def inclusion_probabilities(q, total):
+    """p = min(1, kappa q), of any shape, with sum p = total, or 1 for every positive q if they are fewer.
 
     With total = k x completions that have an advantage, the batch shares the draws that k for each would be."""
-    certain = torch.zeros_like(score, dtype=torch.bool)
+    certain = torch.zeros_like(q, dtype=torch.bool)
     while True:  # each round makes at least one more step certain
-        rest = score.where(~certain, 0.0)
+        rest = q.where(~certain, 0.0)
         p = (rest * ((total - certain.sum()) / rest.sum().clamp(min=1e-300))).where(~certain, 1.0)
         if not (p > 1).any():
             return p
@@ -562,8 +562,8 @@ def draw_step_weights(rollout, advantages, config, generator):
         steps, weights = sample_timesteps(rollout, config, generator)  # (B, k)
         # A step drawn twice weighs twice, and is computed once.
         return torch.zeros(len(steps), m, dtype=weights.dtype, device=weights.device).scatter_add(1, steps, weights)
-    score = batch_scores(rollout, advantages, config)  # (B, m)
-    p = inclusion_probabilities(score, total=config.mc_samples * int((score > 0).any(1).sum()))
+    q = batch_proposal(rollout, advantages, config)  # (B, m)
+    p = inclusion_probabilities(q, total=config.mc_samples * int((q > 0).any(1).sum()))
     taken = systematic_draw(p, uniforms((), generator).to(p.device))
     length = horizon_of(rollout, config)[:, None] if config.normalization == "trajectory" else m
     return taken / p.where(taken > 0, 1.0) / length

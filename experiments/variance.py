@@ -192,8 +192,8 @@ def added_by_all(run, S, K, k, A, named, total, config):
         for kind, stratified in (("independent", False), ("low discrepancy", True)):
             found[f"{name}, {kind}"] = added_by_draws(q, A, K, k, run, config, stratified)
     found[OFFICIAL] = added_by_official(named["entropy"], A, S, K, k, run, config)
-    score = agrpo.batch_scores(run, A, replace(config, importance_sampling="entropy"))
-    found[BATCH] = added_by_batch(agrpo.inclusion_probabilities(score, total), A, S)
+    q = agrpo.batch_proposal(run, A, replace(config, importance_sampling="entropy"))
+    found[BATCH] = added_by_batch(agrpo.inclusion_probabilities(q, total), A, S)
     return {name: added / len(A) ** 2 for name, added in found.items()}
 
 

@@ -134,8 +134,8 @@ def test_the_variance_of_draws_is_what_repetition_finds():
         return torch.zeros(B, m, dtype=torch.float64).scatter_add(1, steps, weights * m)
 
     independent = agrpo.replace(config, low_discrepancy=False)
-    p = agrpo.inclusion_probabilities(agrpo.batch_scores(run, A, config), total=2 * B)
-    certain = agrpo.inclusion_probabilities(agrpo.batch_scores(run, A, config), total=3 * B)
+    p = agrpo.inclusion_probabilities(agrpo.batch_proposal(run, A, config), total=2 * B)
+    certain = agrpo.inclusion_probabilities(agrpo.batch_proposal(run, A, config), total=3 * B)
     assert (certain == 1).any() and not (certain == 1).all()
     cases = {
         "independent": (
