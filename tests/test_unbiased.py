@@ -305,11 +305,11 @@ def test_the_weights_undo_the_sampling(options, k):
 
 
 def test_the_chances_of_an_allocation_are_at_most_1_and_sum_to_the_budget():
-    score = torch.tensor([[100.0, 3.0, 0.0], [1.0, 1e-9, 50.0]], dtype=torch.float64)
+    q = torch.tensor([[100.0, 3.0, 0.0], [1.0, 1e-9, 50.0]], dtype=torch.float64)
     for total in (0, 1, 3, 4, 5, 6):  # five steps are eligible
-        p = agrpo.inclusion_probabilities(score, total)
+        p = agrpo.inclusion_probabilities(q, total)
         assert p.max() <= 1 and p.sum().item() == pytest.approx(min(total, 5))
-        assert total == 0 or (p > 0).equal(score > 0)
+        assert total == 0 or (p > 0).equal(q > 0)
 
 
 def test_a_rare_step_can_be_drawn_and_the_largest_uniform_stays_inside():
