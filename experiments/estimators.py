@@ -98,10 +98,12 @@ PARTS = {  # of ours, at one timestep per completion
     "entropy, shared by the batch, k = 1": (steps_of(6, 1, *ENTROPY, "--allocation", "batch"), None),
     "AGRPO-SA (ours), k = 1": CURVES["AGRPO-SA (ours), k = 1"],
 }
-BUDGET = {f"m = {m}, k = {k}": (steps_of(m, k), None) for m in (2, 4, 8) for k in (1, 2, 4, 8) if k <= m}
-LONGER = 16  # n, where it is not 8
-BUDGET |= {
-    f"n = {LONGER}, m = 4, k = {k}": (steps_of(4, k, "--completion-length", str(LONGER)), None) for k in (1, 2, 4)
+BUDGET = {
+    f"n = {n}, m = {m}, k = {k}": (steps_of(m, k, *longer), None)
+    for n, longer in ((8, []), (16, ["--completion-length", "16"]))
+    for m in ((2, 4, 8) if n == 8 else (4,))
+    for k in (1, 2, 4, 8)
+    if k <= m
 }
 STEPS = {f"trained at m = {m}": (steps_of(m, min(m, 2)), None) for m in (1, 2, 4, 8)}
 CONFIDENT = steps_of(4, 2, "--unmasking", "low_confidence")
