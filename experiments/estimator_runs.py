@@ -53,6 +53,8 @@ def done_in_parallel(todo):
     """Yield as runs are finished; an error, or Ctrl-C, ends those that are not."""
     with multiprocessing.get_context("spawn").Pool(WORKERS, initialise, (FOLDER,)) as pool:
         yield from pool.imap_unordered(do_one, todo)
+        pool.close()  # all is done: they may end by themselves
+        pool.join()
 
 
 def initialise(folder):
