@@ -106,9 +106,8 @@ def small_batch(B=6, m=4, parameters=7):
     generator = torch.Generator().manual_seed(0)
     S = torch.randn(B, m, parameters, generator=generator)
     A = torch.randn(B, m, generator=generator, dtype=torch.float64)
-    H = 0.1 + 0.9 * torch.rand(
-        B, m, generator=generator, dtype=torch.float64
-    )  # rare draws of huge weight would need more repeats
+    # Not near 0: rare draws of huge weight would need more repeats.
+    H = 0.1 + 0.9 * torch.rand(B, m, generator=generator, dtype=torch.float64)
     empty = torch.zeros(B, m, dtype=torch.float64)
     steps = torch.arange(m).expand(B, m)
     run = agrpo.Rollout(steps, steps > -1, steps, steps, empty, H, torch.full((B,), m))
@@ -116,7 +115,7 @@ def small_batch(B=6, m=4, parameters=7):
     return S, A, run, config
 
 
-def mean_square_error(draw, S, A, repeats=20_000):
+def mean_square_error(draw, S, A, repeats):
     """E||sum w A S - sum A S||^2 by repetition, and its standard error, for weights (B, m) = draw()."""
     errors = torch.stack([((draw() - 1) * A).flatten() @ S.double().flatten(0, 1) for _ in range(repeats)])
     squares = errors.square().sum(1)
@@ -160,7 +159,8 @@ def test_the_variance_of_draws_is_what_repetition_finds():
         ),
     }
     for name, (exactly, draw) in cases.items():
-        measured, error = mean_square_error(draw, S, A, repeats=4000)
+        # The official draws differ from independent ones, and from a simpler formula, by little.
+        measured, error = mean_square_error(draw, S, A, repeats=10_000 if name == "official" else 4000)
         assert abs(measured - exactly) < 4 * error < 0.2 * exactly, name
 
 
