@@ -67,7 +67,7 @@ class AGRPOConfig:
     top_k: int | None = None  # choose among this many likeliest tokens; 0: all
     top_p: float = 1.0  # then the fewest whose probability reaches p (needs top_k)
     num_generations: int = 8  # G: completions per prompt
-    mc_samples: int = 8  # k: timesteps per completion in an update; k >= T takes each step once, exactly
+    mc_samples: int = 8  # k: timesteps per completion in an update; k >= T for all takes each step once, exactly
     importance_sampling: str = "uniform"  # uniform | entropy | top_entropy (EGSPO's, biased): how timesteps are drawn
     uniform_share: float = 0.0  # of the entropy proposal, or the batch's, that is uniform: no weight above 1 / share
     low_discrepancy: bool = True  # stratify the k draws within each completion
@@ -77,7 +77,7 @@ class AGRPOConfig:
     epsilon_high: float = 0.2  # and from above at 1 + epsilon_high
     beta: float = 0.0  # weight of the KL divergence to a reference model
     entropy_bonus: float = 0.0  # weight of the entropy of the policy at the drawn steps
-    allocation: str = "completion"  # completion: k timesteps each | batch: as many in all, more where |A_t| is large
+    allocation: str = "completion"  # completion: k timesteps each | batch: k on average, more where |A_t| is large
     step_baseline: str = "none"  # none | constant (EGSPO-SA's) | ramp (c = t / m): subtract c r_t from the reward
     step_coefficient: float = 1 / 3  # c of the constant step baseline: lambda / (1 + lambda) in the paper
 
@@ -406,8 +406,8 @@ def stepwise_advantages(rewards, step_rewards, taken, G, c, gate):
     """A_t = R - c r_t - mean over the other completions j of the group of (R_j - c r_jt), times (G - 1) / G -> (B, m).
 
     rewards R (B,); step_rewards (B, m): r_t, the reward of the greedy completion of the state before step t; taken (B,)
-    executed steps, after which r_t is R; c a number or (m,), one per step. c = 0 gives group_advantages. EGSPO-SA's
-    return (R + lambda (R - r_t)) / (1 + lambda) is R - c r_t with c = lambda / (1 + lambda).
+    executed steps, after which r_t is R; c a number or (m,), one per step; all on one device. c = 0 gives
+    group_advantages. EGSPO-SA's return (R + lambda (R - r_t)) / (1 + lambda) is R - c r_t, c = lambda / (1 + lambda).
 
     r_t is a function of the state, which comes before the action, and the mean looks at other completions alone:
     subtracting them leaves the expected gradient as it is, however timesteps are drawn. The mean is taken at the same
@@ -445,7 +445,8 @@ def horizon_of(rollout, config):
 
     executed: all steps that were taken. last_non_eos (the paper's and the official code's): up to the step that
     wrote the last token other than <eos>, at least 1. That T depends on the tokens drawn, and the decision to
-    write <eos> gets no gradient: relative bias 0.16 to 0.29 on enumerable models (experiments/exact.py).
+    write <eos> gets no gradient: relative bias 0.16 to 0.19, and 0.20 to 0.23 with normalization
+    trajectory (medians of experiments/estimators.py exact).
     """
     if config.horizon == "executed":
         return rollout.steps_taken
@@ -491,10 +492,11 @@ def sample_timesteps(rollout, config, generator):
     Importance weights w_j = 1 / (k q_t) / m make E[sum_j w_j f(t_j)] = (1/m) sum_{t < T} f(t) for every f.
     normalization "trajectory" has 1/T in place of 1/m: the paper's per-trajectory mean, biased where T varies.
     low_discrepancy: one uniform U per completion, u_j = (j + U) / k. u_j is uniform on its stratum, and together the
-    k strata cover [0, 1) once: the expectation of the sum is the same, its variance smaller, unless f has a period
-    of 1 / k in the cumulative q. A single slot is not distributed as q: nothing may be averaged or subtracted by slot.
+    k strata cover [0, 1) once: the expectation of the sum is the same, its variance usually smaller (larger
+    where f about repeats itself after 1 / k of the cumulative q). A single slot is not distributed as q: nothing may
+    be averaged or subtracted by slot.
     top_entropy takes the k steps of highest entropy, with the weights of a uniform draw (EGSPO): biased, as the
-    other steps are never seen (relative bias 0.25 to 0.8 on enumerable models).
+    other steps are never seen (relative bias 0.25 to 0.8 on enumerable models, scale included).
     """
     m, k = config.sampling_steps, config.mc_samples
     T = horizon_of(rollout, config)[:, None]  # (B, 1)
@@ -519,7 +521,7 @@ def sample_timesteps(rollout, config, generator):
 
 
 def batch_proposal(rollout, advantages, config):
-    """q (B, m) float64, sum 1: what share of the batch's draws each step should get. advantages (B, m).
+    """q (B, m) float64, sum 1 (less if all advantages are 0): the share of the batch's draws that each step should get.
 
     The variance is least where a step is taken with a probability in proportion to the norm of its term,
     |A_t| ||grad log pi(a_t | s_t)||, and the squared norm of that gradient is about as large as the entropy H_t: q is
