@@ -58,9 +58,13 @@ def processes():
 
 
 def command(number=None):
-    """How this program is started with so many processes."""
+    """How this program is started with so many processes; alone, by this Python, also where `python` is another."""
     number = number or processes()
-    return "python train.py" if number == 1 else f"torchrun --nproc-per-node {number} train.py"
+    if number > 1:
+        return f"torchrun --nproc-per-node {number} train.py"
+    found = shutil.which("python")
+    ours = found and os.path.dirname(found) == os.path.dirname(sys.executable)
+    return f"{'python' if ours else os.path.relpath(sys.executable)} train.py"
 
 
 def say(*words):

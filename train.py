@@ -386,7 +386,7 @@ def run(run_config, config):
     started = time.perf_counter()
     device_of(run_config)
     if run_config.resume and (Path(run_config.resume) / "summary.json").exists():
-        return runs.say(f"{run_config.resume} is finished: python train.py --evaluate {run_config.resume}")
+        return runs.say(f"{run_config.resume} is finished: {runs.command(1)} --evaluate {run_config.resume}")
     if run_config.prompts_per_step < runs.processes():
         raise ValueError(f"--prompts-per-step {run_config.prompts_per_step}: each process needs a prompt of its own")
     torch.set_num_threads(min(4, torch.get_num_threads()))  # matrices this small do not pay for many threads
@@ -432,7 +432,7 @@ def show(folder, model, tokenizer, task, run_config, config, questions, history,
     policy = evaluated(run_config, config, config.sampling_steps)
     answer(model, tokenizer, task, questions[0], policy, run_config.seed)
     question = shlex.quote(" ".join(task.question(questions[-1]).split()))
-    print(f"\n{picture}\nask it yourself: python train.py --evaluate {folder} --prompt {question}")
+    print(f"\n{picture}\nask it yourself: {runs.command(1)} --evaluate {folder} --prompt {question}")
     if history and not any(metrics["signal"] for metrics in history):
         print("nothing was learnt: no two answers to a question ever differed in reward; try more --base-steps")
     changes = [f"{kind} {summary['base'][kind]:.1%} -> {summary['final'][kind]:.1%}" for kind in summary["base"]]
@@ -445,7 +445,7 @@ def evaluate(run_config, config):
     folder = Path(run_config.evaluate)
     a_run = runs.read_settings(folder)
     if a_run and not (folder / "summary.json").exists():
-        raise ValueError(f"{folder} holds no finished run: python train.py --resume {folder}")
+        raise ValueError(f"{folder} holds no finished run: {runs.command(1)} --resume {folder}")
     task = task_of(run_config)
     task.prepare()
     name = str(folder / "model") if a_run else HUB_IDS.get(run_config.evaluate, run_config.evaluate)

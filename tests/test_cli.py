@@ -134,6 +134,14 @@ def test_a_missing_tracker_is_asked_for_before_anything_runs(monkeypatch, capsys
     assert "pip install wandb" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_the_commands_it_prints_work_where_they_are_pasted(monkeypatch):
+    folder = os.path.dirname(sys.executable)
+    monkeypatch.setenv("PATH", folder)  # an activated environment
+    assert runs.command(1) == "python train.py"
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert runs.command(1) == f"{os.path.relpath(sys.executable)} train.py"
+
+
 def test_runs_that_start_together_get_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folders = [runs.new_folder("", "countdown-seed0") for _ in range(3)]
