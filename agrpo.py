@@ -19,7 +19,7 @@ needs m of them; AGRPO draws k of the m steps and weights them so that the expec
     G, A     completions per prompt, advantage             num_generations, advantages    (B,) or (B, m)
     k        timesteps drawn per completion                mc_samples
     q_t, w   probability of drawing step t, its weight     q, weights                     (B, m), (B, k)
-    p_t      chance that the batch takes step t            inclusion_probabilities       (B, m)
+    p_t      chance that the batch takes step t            inclusion_probabilities        (B, m)
     r_t, c   reward of the greedy completion of s_t,       step_rewards,                  (B, m), (m,)
              how much of it is subtracted from R           step_coefficients
     rho      probability ratio, new over old policy        ratio                          (N,)

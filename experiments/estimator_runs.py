@@ -67,6 +67,7 @@ def initialise(folder):
 
 
 def do_one(one):
+    """Make one run, (function, path, job), and keep it."""
     function, path, job = one
     if job_name(function, job) != path.stem:  # this process has read newer files than the one that started it
         raise RuntimeError("the code was changed while this command ran: start it again")
@@ -83,7 +84,7 @@ def job_name(function, job):
 
 @cache
 def code():
-    """What a run's numbers depend on beside its settings; comments and layout do not count."""
+    """What a run's numbers depend on beside its settings; comments and layout do not count, docstrings do."""
     modules = (sys.modules[__name__], agrpo, contrasts, enumeration, settings, tasks, tiny_dllm, train, var)
     return [torch.__version__, *(ast.dump(ast.parse(Path(module.__file__).read_text())) for module in modules)]
 

@@ -251,13 +251,14 @@ def agrpo_estimator(model, run, p, advantages, config, reference=None, draws=tim
 def slot_by_slot(model, run, p, returns, config):
     """The returns (B, m) minus one mean per slot j of the draw, as EGSPO's code has it (there over the group, which
     costs scale besides). Which steps fall into a slot depends on the trajectory, so the means do not cancel."""
+    return agrpo_estimator(model, run, p, torch.ones_like(returns), config, draws=partial(slot_draws, p, returns))
 
-    def draws(run, config):
-        outcomes = list(timestep_draws(run, config))
-        means = sum((p * outcome) @ returns.gather(1, steps) for outcome, steps, _ in outcomes)  # (k,)
-        return [(outcome, steps, weights * (returns.gather(1, steps) - means)) for outcome, steps, weights in outcomes]
 
-    return agrpo_estimator(model, run, p, torch.ones_like(returns), config, draws=draws)
+def slot_draws(p, returns, run, config):
+    """timestep_draws whose weights carry the return minus the mean of its slot."""
+    outcomes = list(timestep_draws(run, config))
+    means = sum((p * outcome) @ returns.gather(1, steps) for outcome, steps, _ in outcomes)  # (k,)
+    return [(outcome, steps, weights * (returns.gather(1, steps) - means)) for outcome, steps, weights in outcomes]
 
 
 def allocated(model, run, p, advantages, config):
@@ -270,8 +271,11 @@ def allocated(model, run, p, advantages, config):
 
 def kept_tokens_alone(model, run, p, advantages, config):
     """Low confidence as the official code scores it: the action is what was kept, the rest of the draw is forgotten."""
-    run = replace(run, drawn_ids=None, drawn_logprobs=None, drawn_entropy=None)
-    return agrpo_estimator(model, run, p, advantages, replace(config, unmasking="random"))
+    return agrpo_estimator(model, forget_the_rest(run), p, advantages, replace(config, unmasking="random"))
+
+
+def forget_the_rest(run):
+    return replace(run, drawn_ids=None, drawn_logprobs=None, drawn_entropy=None)
 
 
 def likelihood_estimator(model, run, p, advantages, config, masks, weights):
@@ -285,16 +289,27 @@ def likelihood_estimator(model, run, p, advantages, config, masks, weights):
 
 def diffu_grpo(model, run, p, advantages, config):
     """E[g] of contrasts.diffu_grpo."""
-    masks = torch.ones(1, config.completion_length, dtype=torch.bool)
-    return likelihood_estimator(model, run, p, advantages, config, masks, torch.ones(1))
+    masks, chances, weights = one_mask(config.completion_length)
+    return likelihood_estimator(model, run, p, advantages, config, masks, chances * weights)
+
+
+def one_mask(n):
+    """diffu-GRPO's masks (1, n), their probabilities and weights (1,)."""
+    return torch.ones(1, n, dtype=torch.bool), torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
 
 
 def elbo(model, run, p, advantages, config):
-    """E[g] of contrasts.elbo: a mask of l positions has probability 1 / (n C(n, l)) and weight n / l."""
-    n = config.completion_length
+    """E[g] of contrasts.elbo."""
+    masks, chances, weights = random_masks(config.completion_length)
+    return likelihood_estimator(model, run, p, advantages, config, masks, chances * weights)
+
+
+def random_masks(n):
+    """ELBO's masks (M, n), their probabilities 1 / (n C(n, l)) and weights n / l (M,), l the number of positions."""
     masks = torch.tensor(list(itertools.product((False, True), repeat=n))[1:])
-    weights = torch.tensor([1 / (size * math.comb(n, size)) for size in masks.sum(1).tolist()], dtype=torch.float64)
-    return likelihood_estimator(model, run, p, advantages, config, masks, weights)
+    size = masks.sum(1)
+    ways = torch.tensor([math.comb(n, hidden) for hidden in size.tolist()], dtype=torch.float64)
+    return masks, 1 / (n * ways), n / size.double()
 
 
 def compare(estimate, exact):
@@ -403,12 +418,49 @@ def moments(run, p, S, advantages, config, draws=timestep_draws):
     return torch.einsum("bt,btd->d", first, S), second
 
 
-def variance(run, p, S, advantages, config, gradient, draws=timestep_draws):
+def variance(mean, square, gradient):
     """(E||g||^2 - ||E g||^2) / ||grad J||^2 of one completion, its advantage with the baseline at its expectation.
 
     The variance that a baseline estimated from few others adds is not in it."""
-    mean, square = moments(run, p, S, advantages, config, draws)
     return ((square - mean @ mean) / (gradient @ gradient)).item()
+
+
+def slot_moments(x, returns, config):
+    return moments(x.run, x.p, x.scores, torch.ones_like(returns), config, partial(slot_draws, x.p, returns))
+
+
+def kept_moments(x, A, config):
+    run, config = forget_the_rest(x.run), replace(config, unmasking="random")
+    return moments(run, x.p, scores(x.model, run, config), A, config)
+
+
+def allocated_moments(x, A, config):
+    """k = 1, of a completion that is a batch of its own: its steps compete with each other alone."""
+    m = config.sampling_steps
+    A = A.reshape(len(x.p), -1).expand(-1, m)
+    alone = [agrpo.batch_proposal(x.run[i : i + 1], A[i : i + 1], config) for i in range(len(x.p))]
+    chance = torch.cat([agrpo.inclusion_probabilities(q, total=1) for q in alone])  # (B, m), sum 1, or 0 without A
+
+    def draws(run, config):
+        for t in range(m):
+            weight = 1 / (m * chance[:, t].where(chance[:, t] > 0, torch.inf))
+            yield chance[:, t], torch.full((len(chance), 1), t), weight[:, None]
+
+    return moments(x.run, x.p, x.scores, A, config, draws)
+
+
+def likelihood_moments(masks_of, x, A, config):
+    """Of A times the mean of w grad log p(masked tokens | the others) over k masks, drawn independently."""
+    masks, chances, weights = masks_of(config.completion_length)
+    k = 1 if len(masks) == 1 else config.mc_samples
+    at_once = replace(config, sampling_steps=1)  # a mask is a state: what it hides is written at 0, the rest before
+    S = []
+    for mask, weight in zip(masks, weights):
+        run = replace(x.run, unmask_step=torch.where(mask, 0, -1).expand_as(x.run.unmask_step))
+        S.append(weight * A[:, None] * scores(x.model, run, at_once)[:, 0])  # (B, parameters)
+    S = torch.stack(S)  # (M, B, parameters)
+    mean, square = torch.einsum("a,abd->bd", chances, S), chances @ S.square().sum(2)
+    return x.p @ mean, x.p @ (square / k + (1 - 1 / k) * mean.square().sum(1))
 
 
 def largest_weight(run, config, draws=timestep_draws):
@@ -420,16 +472,20 @@ def largest_weight(run, config, draws=timestep_draws):
 # ---------------------------------------------------------------------------------------------- the table
 
 
-def measure(seed, options, advantage=leave_one_out, estimator=None, draws=timestep_draws, levels=3, sharpness=1.0):
-    """compare() of one estimator on one random model; agrpo's own also with its variance and its largest weight.
+def measure(
+    seed, options, advantage=leave_one_out, estimator=None, of=None, draws=timestep_draws, levels=3, sharpness=1.0
+):
+    """compare() of one estimator on one random model, its variance, and of agrpo's own the largest weight.
 
-    options of AGRPOConfig; advantage(Problem) -> E[A | own trajectory] (B,) or (B, m)."""
+    options of AGRPOConfig; advantage(Problem) -> E[A | own trajectory] (B,) or (B, m). An estimator that is not agrpo's
+    own has its variance by of(Problem, A, config) -> (E[g], E||g||^2)."""
     x = problem(seed, sharpness, levels, **{k: v for k, v in options.items() if k in POLICY})
     config, A = replace(x.config, **options), advantage(x)
     if estimator:
-        return compare(estimator(x.model, x.run, x.p, A, config), x.gradient) | UNKNOWN
+        known = {"variance": variance(*of(x, A, config), x.gradient)} if of else {}
+        return compare(estimator(x.model, x.run, x.p, A, config), x.gradient) | UNKNOWN | known
     return compare(agrpo_estimator(x.model, x.run, x.p, A, config, draws=draws), x.gradient) | {
-        "variance": variance(x.run, x.p, x.scores, A, config, x.gradient, draws),
+        "variance": variance(*moments(x.run, x.p, x.scores, A, config, draws), x.gradient),
         "largest_weight": largest_weight(x.run, config, draws),
     }
 
@@ -487,12 +543,12 @@ EXACT = {  # what claims to be unbiased, and is
     "top-k 3, top-p 0.7": row(ENTROPY | {"top_k": 3, "top_p": 0.7}),
     "left to right": row(ENTROPY | {"unmasking": "left_to_right"}),
     "left to right, k = m = n (JustGRPO)": row({"unmasking": "left_to_right", "mc_samples": 4}),
-    "allocated over the batch": row(ENTROPY | THREE | BATCH, estimator=allocated),
+    "allocated over the batch": row(ENTROPY | THREE | BATCH, estimator=allocated, of=allocated_moments),
     "allocated over the batch, r_t ramp gated (agrpo-sa)": row(
-        RAMP | THREE | BATCH, advantage=gated, estimator=allocated
+        RAMP | THREE | BATCH, advantage=gated, estimator=allocated, of=allocated_moments
     ),
     "allocated over the batch, a third uniform, r_t": row(
-        RAMP | THREE | BATCH | {"uniform_share": 1 / 3}, advantage=gated, estimator=allocated
+        RAMP | THREE | BATCH | {"uniform_share": 1 / 3}, advantage=gated, estimator=allocated, of=allocated_moments
     ),
     "r_t, G = 3": row(STEP, advantage=stepwise),
     "r_t gated, G = 3": row(STEP, advantage=gated),
@@ -524,19 +580,22 @@ BIASED = {  # what the papers and their code have, under its name, and what one 
     "entropy without importance weights": row(ENTROPY, draws=unweighted_draws),
     "k steps of highest entropy (EGSPO)": row(TOP),
     "k steps of highest entropy, r_t (EGSPO-SA)": row(TOP | {"step_baseline": "constant"}, advantage=stepwise),
-    "r_t, a mean per slot of the draw": row(STEP, advantage=returns, estimator=slot_by_slot),
-    "r_t, a mean per slot, blocks with early stop": row(STEP | BLOCKS, advantage=returns, estimator=slot_by_slot),
+    "r_t, a mean per slot of the draw": row(STEP, advantage=returns, estimator=slot_by_slot, of=slot_moments),
+    "r_t, a mean per slot, blocks with early stop": row(
+        STEP | BLOCKS, advantage=returns, estimator=slot_by_slot, of=slot_moments
+    ),
     "r_t, own steps in the mean": row(STEP, advantage=pooled),
-    "low confidence, kept tokens alone": row(CONFIDENT, estimator=kept_tokens_alone),
-    "one pass, all masked (diffu-GRPO)": row({}, estimator=diffu_grpo),
-    "ELBO of random masks (ESPO, BGPO)": row({}, estimator=elbo),
+    "low confidence, kept tokens alone": row(CONFIDENT, estimator=kept_tokens_alone, of=kept_moments),
+    "one pass, all masked (diffu-GRPO)": row({}, estimator=diffu_grpo, of=partial(likelihood_moments, one_mask)),
+    "ELBO of random masks (ESPO, BGPO)": row({}, estimator=elbo, of=partial(likelihood_moments, random_masks)),
 }
 
 
 def laboratory_rows(seed, sharpness=1.0):
     """{name: {bias, beyond_scale, cosine, scale, variance, largest_weight, exact}} of every estimator on one model.
 
-    exact is the claim, bias the finding; variance and largest_weight are None where the estimator is not agrpo's."""
+    exact is the claim, bias the finding; largest_weight is None where the estimator draws no timesteps or all of a
+    batch's, variance where it is of another gradient."""
     return {name: r(seed, sharpness) | {"exact": name in EXACT} for name, r in (EXACT | BIASED).items()}
 
 
@@ -551,11 +610,14 @@ def table(seeds, rows):
     return {name: {k: median([m[name][k] for m in measured]) for k in measured[0][name]} for name in rows}
 
 
+FORMATS = {"variance": ".2f", "largest_weight": ".3g"}
+
+
 def print_table(rows):
     print(f"{'estimator':<58}{'bias':>9}{'beyond scale':>14}{'cosine':>9}{'scale':>8}{'variance':>10}{'weight':>9}")
     for name, r in rows.items():
         print(f"{name:<58}{r['bias']:>9.1e}{r['beyond_scale']:>14.1e}{r['cosine']:>9.4f}{r['scale']:>8.3f}", end="")
-        print("" if r["variance"] is None else f"{r['variance']:>10.2f}{r['largest_weight']:>9.3g}")
+        print(*(f"{'' if r[key] is None else format(r[key], f):>9}" for key, f in FORMATS.items()))
 
 
 if __name__ == "__main__":

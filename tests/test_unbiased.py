@@ -6,6 +6,7 @@ the table.
 
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -332,3 +333,46 @@ def test_training_without_a_likelihood_is_refused():
         with pytest.raises(ValueError, match=word):
             advantages = torch.ones(len(rollout.steps_taken))
             agrpo.accumulate_gradient(model, rollout, advantages, exact.micro_config(**options), None, 8)
+
+
+OTHERS = {
+    "slot by slot": (exact.STEP, exact.returns, exact.slot_by_slot, exact.slot_moments),
+    "kept tokens": (exact.CONFIDENT, exact.leave_one_out, exact.kept_tokens_alone, exact.kept_moments),
+    "diffu-GRPO": ({}, exact.leave_one_out, exact.diffu_grpo, partial(exact.likelihood_moments, exact.one_mask)),
+    "ELBO": ({}, exact.leave_one_out, exact.elbo, partial(exact.likelihood_moments, exact.random_masks)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_variance_of_other_estimators_is_around_their_expectation(name):
+    """Scores of states and the estimator's own backward pass are two ways to one E[g]."""
+    options, advantage, estimator, of = OTHERS[name]
+    x = exact.problem(0, 1.0, 3, **{k: v for k, v in options.items() if k in exact.POLICY})
+    config, A = replace(x.config, **options), advantage(x)
+    mean, square = of(x, A, config)
+    assert torch.allclose(mean, estimator(x.model, x.run, x.p, A, config), rtol=1e-9, atol=1e-12)
+    assert square > mean @ mean
+
+
+def test_a_completion_that_is_a_batch_of_its_own_gives_the_policy_gradient():
+    x = exact.problem(0, 1.0, 3, completion_length=3, sampling_steps=3)
+    config = replace(x.config, **exact.ENTROPY, allocation="batch", mc_samples=1)
+    mean, _ = exact.allocated_moments(x, exact.leave_one_out(x), config)
+    assert torch.allclose(mean, x.gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_the_elbos_variance_is_that_of_pairs_of_masks():
+    """One completion, k = 2: every pair of masks is tried, each with a backward pass of its own."""
+    x = exact.problem(0, 1.0, 3)
+    row, A = 5, torch.ones_like(x.p)
+    x = replace(x, p=torch.eye(len(x.p), dtype=x.p.dtype)[row])
+    masks, chances, weights = exact.random_masks(4)
+    each = torch.stack(
+        [
+            exact.likelihood_estimator(x.model, x.run, x.p, A, x.config, mask[None], weight[None])
+            for mask, weight in zip(masks, weights)
+        ]
+    )
+    pairs = ((each[:, None] + each) / 2).square().sum(2)  # (M, M)
+    _, square = exact.likelihood_moments(exact.random_masks, x, A, replace(x.config, mc_samples=2))
+    assert square.item() == pytest.approx((chances @ pairs @ chances).item(), rel=1e-9)
