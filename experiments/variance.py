@@ -1,243 +1,186 @@
-"""How noisy is each estimator on the real tiny tasks? (estimators.py variance)
+"""How noisy is each estimator on the real tiny tasks?
+
+    python experiments/variance.py      half an hour, 3 GB a process
+
+Claim: ours has about half the variance of the official draws at as many evaluations, at the base model and after
+training: most of what drawing timesteps adds is avoidable.
 
 A batch is rolled out, and the score grad log pi(a_t | s_t) of every step of every completion is computed: B m vectors.
 Every estimator of the policy gradient is a weighted sum of them, so what drawing k timesteps per completion adds to its
-variance needs no sampling: it follows from the products of the scores of one completion, and for draws that depend on
-each other across the batch from an integral over their uniforms. What is left, the variance of the full sum over
-prompts, completions and orders, is measured from batch to batch. All estimators see the same completions.
+variance needs no sampling: it follows from the products of the scores, and an integral over the uniforms. What is left,
+the variance of the full sum over prompts, completions and orders, is measured from batch to batch. All estimators see
+the same completions.
 """
 
+import math
+import statistics
+import sys
+from collections import defaultdict
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import torch
-from torch.func import functional_call, grad, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: the project's root
 import agrpo
 import train
-from experiments.exact import replaced, timestep_draws
+import variants
+from experiments import exact, oracle, runner
+from experiments.report import T_975, finish, print_table, verdict
+from support.runs import streams
 
 GROUP_MEAN, RAMP = "group mean", "c_t = t / m, gate"
-ENTROPY, OFFICIAL, BATCH = "entropy, low discrepancy", "official: entropy, batch-stratified", "allocation batch"
+# The official draws count as independent ones: that they are stratified over the batch saves a third of a per cent.
+FULL, OFFICIAL, SHARED = "full sum", "entropy, independent", "shared by the batch"
 
 
-def step_scores(model, run, config, chunk=128):
-    """S (B, m, parameters): grad log pi(a_t | s_t), for completions without early stop or padding."""
-    batch, m, n = len(run.unmask_step), config.sampling_steps, config.completion_length
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
+# --------------------------------------------------------------------------------------------- one run
+def measure_variance(task, m, updates, batches, prompts, base_steps, seed=0):
+    """Of the gradient sum_t w_t A S (the sum over steps, without the 1 / m of the loss), on a base model or after some
+    updates of k = 2.
 
-    def log_pi(parameters, ids, chosen, tokens):
-        logits = functional_call(model, parameters, (ids[None],))[0, -n:]  # (n, V)
-        logp = agrpo.token_logprobs(logits, run.mask_token_id, config.temperature)
-        return (logp.gather(1, tokens[:, None]).squeeze(1) * chosen).sum()
-
-    score = vmap(grad(log_pi), in_dims=(None, 0, 0, 0))
-    S = torch.empty(batch, m, sum(p.numel() for p in parameters.values()))
-    with sdpa_kernel(SDPBackend.MATH):  # the one that vmap can batch
-        for t in range(m):
-            at = torch.full((batch,), t)
-            chosen, tokens, _ = run.action_at(at)
-            for rows in torch.arange(batch).split(chunk):
-                parts = score(parameters, run.state_at(at)[rows], chosen[rows], tokens[rows])
-                S[rows, t] = torch.cat([part.flatten(1) for part in parts.values()], 1)
-    return S
-
-
-def largest_probabilities(model, run, config):
-    """(B, n): probability of the likeliest token where each token was drawn."""
-    top = torch.zeros_like(run.logprobs)
-    for t in range(config.sampling_steps):
-        at = torch.full((len(top),), t)
-        chosen = run.unmasked_at(at)
-        with torch.no_grad():
-            logits = agrpo.logits_at(model, run.state_at(at), run.prompt_mask, chosen)
-        top[chosen] = agrpo.token_logprobs(logits, run.mask_token_id, config.temperature).exp().amax(1).double()
-    return top
+    Returns {"full": {baseline: products (batches, batches) of the full sums}, "added": {k: {draws: {baseline: [what
+    they add to the variance of each batch]}}}}."""
+    setup = runner.base_of(task, seed, base_steps, 0, "--sampling-steps", m, "--mc-samples", 2)
+    examples = setup.task.load("train")
+    rng, generator = streams(seed, "reinforce")
+    optimizer = torch.optim.AdamW(setup.model.parameters(), lr=setup.run.learning_rate, weight_decay=0.0, fused=True)
+    for _ in range(updates):
+        train.update(setup, rng.choices(examples, k=16), optimizer, generator)
+    rng, generator = streams(seed, "variance")
+    full, added = defaultdict(list), defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for _ in range(batches):
+        run, R, r = roll_out(setup, rng.choices(examples, k=prompts), generator)
+        S = torch.empty(len(R), m, sum(parameter.numel() for parameter in setup.model.parameters()))  # gigabytes
+        for rows in torch.arange(len(R)).split(32):
+            distinct, index = exact.scores(setup.model, run[rows], setup.config)
+            S[rows] = distinct[index]
+        S = S.flatten(0, 1)  # (B m, parameters)
+        products = (S @ S.T).double()
+        baselines = advantages_of(run, R, r, setup.config)
+        for baseline, A in baselines.items():
+            full[baseline].append(A.flatten().float() @ S / len(R))
+            for k in (k for k in (1, 2, 4) if k < m):
+                for name, value in added_by_draws(run, A, baselines[GROUP_MEAN], products, k).items():
+                    added[f"k = {k}"][name][baseline].append(value / len(R) ** 2)
+    return {"full": {name: (torch.stack(g) @ torch.stack(g).T).tolist() for name, g in full.items()}, "added": added}
 
 
-def proposals(H, doubt, A, norms, running):
-    """{name: q (B, m) float64, rows sum to 1}: the ways to draw timesteps.
+def roll_out(setup, prompts, generator):
+    """A batch of G completions per prompt: the Rollout, rewards R (B,), step rewards r_t (B, m); nothing is learnt."""
+    seen = []
 
-    H entropy, doubt 1 - largest probability (of the tokens of a step), A advantage, norms of the score, all (B, m);
-    running (m,): mean norm of A times the score at each step of earlier batches."""
-    unnormalised = {
-        "uniform": torch.ones_like(H),
-        "entropy": H,
-        "entropy, 10% uniform": 0.9 * H / H.sum(1, keepdim=True) + 0.1 / H.shape[1],
-        "entropy, 30% uniform": 0.7 * H / H.sum(1, keepdim=True) + 0.3 / H.shape[1],
-        "square root of entropy": H.sqrt(),
-        "1 - largest probability": doubt + 1e-8,
-        "entropy x |A_t|": H * A.abs() + 1e-8,
-        "square root of entropy x |A_t|": H.sqrt() * A.abs() + 1e-8,
-        "gradient norm of the step, running mean": running.expand_as(H),
-        "oracle: |A_t| x norm of the score": norms * A.abs() + 1e-12,
-    }
-    return {name: q / q.sum(1, keepdim=True) for name, q in unnormalised.items()}
+    def estimate(run, rewards, config, generator, step_rewards):
+        seen.extend([run, rewards.double(), step_rewards(torch.ones(len(rewards), dtype=torch.bool)).double()])
+        return torch.zeros(2, *seen[-1].shape)
+
+    estimate.needs_step_rewards = True
+    train.policy_gradient(replace(setup, estimate=estimate), prompts, generator)
+    return seen
 
 
-def added_by_draws(q, A, K, k, run, config, stratified):
-    """sum over completions of E||sum_j w_j A_t S_t - sum_t A_t S_t||^2, exactly; K (B, m, m) products of scores."""
-    products = A[:, :, None] * K * A[:, None, :]  # (B, m, m)
-    mean_square = products.sum((1, 2))
-    if not stratified:  # independent draws
-        return ((products.diagonal(dim1=1, dim2=2) / q).sum(1) - mean_square).sum().item() / k
-    total, m = 0.0, q.shape[1]
-    config = replace(config, mc_samples=k, low_discrepancy=True)
-    with replaced("proposal", lambda *_: q):
-        for probability, steps, weights in timestep_draws(run, config):
-            w = torch.zeros_like(q).scatter_add(1, steps, weights * m)
-            total += (probability * torch.einsum("bs,bst,bt->b", w, products, w)).sum().item()
-    return total - mean_square.sum().item()
-
-
-def added_by_official(q, A, S, K, k, run, config, bins=64):
-    """The same for the official code's draws, stratified over the batch and shuffled: N = B k uniforms, one in each of
-    N strata, so that two draws never share a stratum.
-
-    The mean terms f_j(s) of draws j in a stratum s are then anticorrelated, and the variance of independent draws falls
-    by (Var_s sum_j f_j - sum_j Var_s f_j) / (N - 1). Exact with N bins; fewer are faster, and coarser only in this
-    fall, of less than a hundredth."""
-    independent = added_by_draws(q, A, K, k, run, config, stratified=False)
-    ends = torch.cat([torch.zeros(len(q), 1), q.cumsum(1)], 1).double()  # (B, m + 1)
-    edges = torch.arange(bins + 1, dtype=torch.float64)[:, None, None] / bins
-    inside = ends.clamp(edges[:-1], edges[1:]).diff(dim=2) * bins  # (bins, B, m) share of the bin that draws step t
-    h = (inside / q * A).flatten(1).float() @ S.flatten(0, 1)  # (bins, parameters)
-    together = (h - h.mean(0)).double().square().sum(1).mean()
-    each = inside / q * A - A
-    alone = torch.einsum("abs,bst,abt->", each, K, each) / bins / k  # k draws of a completion, each weighed by 1 / k
-    return independent - (together - alone).item() / (len(q) * k - 1)
-
-
-def distinct_draws(q, A, k):
-    """Expected number of steps to compute when k are drawn independently from q (B, m) by completions with A != 0."""
-    return ((1 - (1 - q) ** k) * (A != 0)).sum().item()
-
-
-def added_by_batch(p, A, S):
-    """The same for allocation batch, exactly: the steps taken change one by one as U goes from 0 to 1."""
-    terms, p = (A.float().flatten()[:, None] * S.flatten(0, 1)), p.flatten()
-    index = p.nonzero()[:, 0]
-    weight = 1 / p[index]
-    # Where an end meets an integer - U, in (0, 1]: step `order` comes in there, and the one after it goes out.
-    at, order = (1 - p[index].cumsum(0) % 1).sort()
-    error = -terms.sum(0)  # of U = 0
-    for i, w, taken in zip(index.tolist(), weight.tolist(), agrpo.systematic_draw(p[index], torch.zeros(())).tolist()):
-        if taken:
-            error += w * terms[i]
-    total, before = 0.0, 0.0
-    for U, j in zip(at.tolist(), order.tolist()):
-        total, before = total + (U - before) * error.double().square().sum().item(), U
-        error += weight[j].item() * terms[index[j]]
-        if j + 1 < len(index):
-            error -= weight[j + 1].item() * terms[index[j + 1]]
-    return total + (1 - before) * error.double().square().sum().item()
-
-
-class Fit:
-    """The c that would have been best in the batches so far: least E[H_t (A - c x_t)^2], for all steps or for each."""
-
-    def __init__(self, m):
-        self.products, self.squares = torch.zeros(m, dtype=torch.float64), torch.full((m,), 1e-12, dtype=torch.float64)
-
-    def add(self, plain, x, H):
-        self.products += (H * plain * x).sum(0)
-        self.squares += (H * x * x).sum(0)
-
-    def common(self):
-        """One c; before there is a batch, EGSPO-SA's."""
-        return (self.products.sum() / self.squares.sum()).item() or 1 / 3
-
-    def each(self):
-        return self.products / self.squares  # (m,)
-
-
-def advantages_of(R, r, taken, G, config, fit):
+def advantages_of(run, R, r, config):
     """{baseline: A (B, m) float64}."""
-    plain = agrpo.group_advantages(R, G)[:, None].expand_as(r)
-    ramp = agrpo.step_coefficients(replace(config, step_baseline="ramp"))
-
-    def stepwise(c, gate):
-        return agrpo.stepwise_advantages(R, r, taken, G, c, gate)
-
+    ramp, stepwise = torch.arange(r.shape[1]) / r.shape[1], partial(variants.stepwise_advantages, run, R, r, config)
     return {
-        GROUP_MEAN: plain,
-        "c = 1/3 (EGSPO-SA's)": stepwise(1 / 3, False),
-        "c fitted to earlier batches, gate": stepwise(fit.common(), True),
-        "c_t fitted to earlier batches, gate": stepwise(fit.each(), True),
-        "c_t = t / m, no gate": stepwise(ramp, False),
-        RAMP: stepwise(ramp, True),
+        GROUP_MEAN: variants.group_mean(run, R, config),
+        "c = 1/3 (EGSPO-SA's)": stepwise(1 / 3, gate=False),
+        "c_t = t / m, no gate": stepwise(ramp, gate=False),
+        RAMP: stepwise(ramp, gate=True),
     }
 
 
-def roll_out(model, tokenizer, env, prompts, config, generator):
-    """A batch of G completions per prompt: the Rollout, rewards R (B,), step rewards r_t (B, m), scores S (B, m, .)."""
-    G = config.num_generations
-    ids, mask = (x.repeat_interleave(G, 0) for x in train.encode(tokenizer, env, prompts))
-    run = agrpo.rollout(model, ids, mask, config, generator)
-    answers = zip(train.decode(tokenizer, run.completion_ids), [p for p in prompts for _ in range(G)])
-    R = torch.tensor([env.reward(*answer) for answer in answers], dtype=torch.float64)
-    every = torch.ones(len(prompts), dtype=torch.bool)
-    r = train.step_rewards(run, tokenizer, env, prompts, chat=False, asked=every).double()
-    return run, R, r, step_scores(model, run, config)
+# ------------------------------------------------------------------------------------- what draws add
+def added_by_draws(run, A, plain, products, k):
+    """{draws: E||sum_it w_it A_it S_it - sum_it A_it S_it||^2}, w of mean 1, exactly.
+
+    A, plain (B, m): advantages, and those of the official scheme; products (B m, B m) of the scores S."""
+    B, m = A.shape
+    H, norms = run.step_entropies() + 1e-8, products.diagonal().view(B, m).sqrt()
+    K = A[:, :, None] * products.view(B, m, B, m).diagonal(dim1=0, dim2=2).permute(2, 0, 1) * A[:, None]  # (B, m, m)
+    found = {FULL: 0.0}
+    named = {"uniform": torch.ones_like(H), "entropy": H, "square root of entropy": H.sqrt()}
+    for name, q in (named | {"oracle: |A_t| x norm of the score": norms * A.abs() + 1e-12}).items():
+        q = q / q.sum(1, keepdim=True)
+        found[f"{name}, independent"] = ((K.diagonal(dim1=1, dim2=2) / q).sum() - K.sum()).item() / k
+        pieces = oracle.outcomes(lambda q=q: (A, agrpo.timestep_weights(q, low_discrepancy(len(q), k)) * m))
+        squares = sum(chance @ torch.einsum("bs,bst,bt->b", w, K, w) for chance, _, w in pieces)
+        found[f"{name}, low discrepancy"] = (squares - K.sum()).item()
+    q = H / H.sum(1, keepdim=True)
+    # As many evaluations as the official draws, some of which fall on one step twice, need in the update.
+    total = ((1 - (1 - q) ** k) * (plain != 0)).sum()
+    p = variants.inclusion_probabilities(variants.batch_proposal(run, A), total)
+    pieces = oracle.outcomes(lambda: (A, variants.systematic_draw(p, agrpo.uniforms((), None)) / p.clamp(min=1e-300)))
+    chance, _, w = (torch.stack(column) for column in zip(*pieces))
+    error = ((w - 1) * A).flatten(1)  # (pieces, B m)
+    found[SHARED] = (chance[:, 0] @ ((error @ products) * error).sum(1)).item()
+    return found
 
 
-def added_by_all(run, S, K, k, A, named, total, config):
-    """{sampler: what drawing k timesteps adds to the variance of a batch's gradient}.
-
-    named {name: q (B, m)} are drawn independently and with low discrepancy; the official scheme draws by
-    named["entropy"]; allocation batch takes `total` steps in all."""
-    found = {}
-    for name, q in named.items():
-        for kind, stratified in (("independent", False), ("low discrepancy", True)):
-            found[f"{name}, {kind}"] = added_by_draws(q, A, K, k, run, config, stratified)
-    found[OFFICIAL] = added_by_official(named["entropy"], A, S, K, k, run, config)
-    q = agrpo.batch_proposal(run, A, replace(config, importance_sampling="entropy"))
-    found[BATCH] = added_by_batch(agrpo.inclusion_probabilities(q, total), A, S)
-    return {name: added / len(A) ** 2 for name, added in found.items()}
+def low_discrepancy(rows, k):
+    """u (rows, k), as agrpo.sample_timesteps has them."""
+    return (torch.arange(k) + agrpo.uniforms((rows, 1), None)) / k
 
 
-def measure(model, tokenizer, env, examples, run_config, config, batches, seed):
-    """Variances of the gradient sum_j w_j A S (of the sum over steps, without the 1 / m of the loss).
+# ------------------------------------------------------------------------------------- the finding
+def summary(measured):
+    """Variance over the squared gradient {k: {draws: {baseline: x}}}, and ours over the official scheme's {k: [ratio,
+    half of its 95% interval]}, by a jackknife over batches."""
+    products = {name: torch.tensor(rows, dtype=torch.float64) for name, rows in measured["full"].items()}
+    batches = torch.arange(len(products[RAMP]))
 
-    Returns {"full": {baseline: products (batches, batches) of the full-sum gradients}, "draws": {baseline: {k:
-    {sampler: [added by the draws, for each batch]}}}, "evaluations": {k: sequences in the update, official and
-    shared}, "coefficients": fitted c_t, "largest_weight": {sampler: over that of a uniform draw}, "completions": B}.
-    """
-    rng, generator = train.streams(seed, "variance")
-    m = config.sampling_steps
-    gradients, draws, evaluations, weight, fit = {}, {}, {}, {}, Fit(m)
-    running = torch.ones(m, dtype=torch.float64)
-    for batch in tqdm(range(batches), leave=False):
-        prompts = rng.choices(examples, k=run_config.prompts_per_step)
-        run, R, r, S = roll_out(model, tokenizer, env, prompts, config, generator)
-        K = torch.einsum("bsp,btp->bst", S, S).double()
-        norms, H = K.diagonal(dim1=1, dim2=2).sqrt(), agrpo.step_entropies(run, m)
-        doubt = torch.zeros_like(H).scatter_add(1, run.unmask_step, 1 - largest_probabilities(model, run, config))
-        advantages = advantages_of(R, r, run.steps_taken, config.num_generations, config, fit)
-        plain = advantages[GROUP_MEAN]
-        for baseline, A in advantages.items():
-            gradients.setdefault(baseline, []).append((A.flatten().float() @ S.flatten(0, 1)) / len(R))
-            named, ks = proposals(H, doubt, A, norms, running), [k for k in (1, 2, 4) if k < m]
-            if baseline not in (GROUP_MEAN, RAMP):
-                named, ks = {"entropy": named["entropy"]}, [k for k in ks if k == 2]
-            for name, q in named.items():
-                if "A_t" not in name:
-                    weight[name] = max(weight.get(name, 0.0), (1 / (m * q.min())).item())
-            for k in ks:
-                # As many evaluations as the official draws, some of which fall on one step twice, need in the update.
-                total = distinct_draws(named["entropy"], plain, k)
-                evaluations.setdefault(k, []).append(total)
-                for name, added in added_by_all(run, S, K, k, A, named, total, config).items():
-                    draws.setdefault(baseline, {}).setdefault(str(k), {}).setdefault(name, []).append(added)
-        fit.add(plain, plain - agrpo.stepwise_advantages(R, r, run.steps_taken, config.num_generations, 1.0, True), H)
-        running = (running * batch + (plain.abs() * norms).mean(0)) / (batch + 1)
-    full = {name: (torch.stack(g) @ torch.stack(g).T).tolist() for name, g in gradients.items()}
-    return {
-        "full": full,
-        "draws": draws,
-        "evaluations": {k: sum(counts) / len(counts) for k, counts in evaluations.items()},
-        "coefficients": fit.each().tolist(),
-        "largest_weight": weight,
-        "completions": len(R),
-    }
+    def full(baseline, keep):
+        M = products[baseline][keep][:, keep]
+        own, cross = M.diagonal().mean(), (M.sum() - M.diagonal().sum()) / (len(M) * (len(M) - 1))
+        return (own - cross).item(), cross.item() or math.nan  # variance of a batch; squared gradient, 0 in --quick
+
+    def in_all(k, name, baseline, keep=batches):
+        return full(baseline, keep)[0] + torch.tensor(measured["added"][k][name][baseline])[keep].mean().item()
+
+    def ratio(k, keep=batches):
+        return in_all(k, SHARED, RAMP, keep) / (in_all(k, OFFICIAL, GROUP_MEAN, keep) or math.nan)
+
+    rows, ratios, square = {}, {}, full(RAMP, batches)[1]
+    for k, draws in measured["added"].items():
+        rows[k] = {name: {b: in_all(k, name, b) / square for b in baselines} for name, baselines in draws.items()}
+        error = ((len(batches) - 1) * statistics.pvariance([ratio(k, batches[batches != i]) for i in batches])) ** 0.5
+        ratios[k] = [ratio(k), T_975[len(batches)] * error]
+    return {"variance / squared gradient": rows, "ours / official": ratios}
+
+
+def finding(scale):
+    quick, steps = scale == runner.QUICK, {"countdown": 3000, "sudoku": 600}  # as train.py has them
+    size = {"batches": 2, "prompts": 2} if quick else {"batches": 24, "prompts": 32}
+    cases = [("countdown", 6, 150), ("countdown", 6, 0), ("sudoku", 8, 0), ("sudoku", 8, 80), ("countdown", 2, 0)]
+    jobs = [{"task": task, "m": m, "updates": u, "base_steps": steps[task]} | size for task, m, u in cases]
+    jobs = [jobs[0] | {"updates": 1, "base_steps": scale.base_steps}] if quick else jobs
+    bases = [{"task": job["task"], "seed": 0, "base_steps": job["base_steps"]} for job in jobs]
+    runner.do_all(runner.make_base, bases, "base models")
+    results = {}
+    for job, measured in zip(jobs, runner.do_all(measure_variance, jobs, "variance")):
+        name = f"{job['task'].capitalize()}, m = {job['m']}, {'trained' if job['updates'] else 'base'}"
+        results[name] = summary(measured)
+        for k, rows in results[name]["variance / squared gradient"].items():
+            cells = {label: [f"{x:.2f}" for x in row.values()] for label, row in rows.items()}
+            print_table(list(measured["full"]), cells, f"{name}, {k}: variance / squared gradient")
+            ratio, half = results[name]["ours / official"][k]
+            verdict("ours has less variance than the official draws", [1 - ratio, half], "% less")
+    finish("variance", {"settings": results}, partial(draw, results), (13, 6), (2, 3))
+
+
+def draw(cases, axes):
+    """What two timesteps (m = 2: one) have, with the group mean and with ours; dotted: the full sum."""
+    for axis, (name, result) in zip(axes, cases.items()):
+        k, rows = list(result["variance / squared gradient"].items())[:2][-1]
+        for i, baseline in enumerate((GROUP_MEAN, RAMP)):
+            values = [row[baseline] for row in rows.values()]
+            axis.plot(values, list(rows), "o", color=f"C{i}", label=baseline)
+            axis.axvline(rows[FULL][baseline], color=f"C{i}", ls=":")
+        axis.invert_yaxis()
+        axis.set(title=f"{name}, {k}", xlabel="variance / squared gradient")
+    axes[0].legend()
+
+
+if __name__ == "__main__":
+    runner.main(finding, __doc__)

@@ -1,26 +1,31 @@
 """The command line, tiny and whole: what a user runs, what lands in the folder, what misuse says."""
 
+import argparse
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 import agrpo
-import runs
 import tasks
 from agrpo import AGRPOConfig
-from settings import RunConfig, parse_arguments
+from support import runs, settings
+from support.settings import RunConfig, parse_arguments
 from train import main
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = "--base-steps 60 --base-batch 16 --max-steps 4 --eval-every 2 --prompts-per-step 4 --eval-prompts 40"
 # Sudoku: a base model that has barely learnt to write digits gets some cells right: there is a gradient to compare.
-SHORT = ["--task", "sudoku", *FLAGS.split(), "--sampling-steps", "4", "--eval-steps", "4"]
+SHORT = (
+    "--task sudoku --base-steps 40 --max-steps 4 --eval-every 2 --prompts-per-step 4 --eval-prompts 40 "
+    "--sampling-steps 4 --eval-steps 4"
+).split()
 
 
 def train(*arguments):
@@ -34,19 +39,46 @@ def here(*arguments):
     return main([*map(str, arguments)])
 
 
+def last_line(capsys):
+    """Of what was said on stderr, which holds no traceback."""
+    stderr = capsys.readouterr().err
+    assert "Traceback" not in stderr
+    return stderr.splitlines()[-1]
+
+
+def json_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def metrics(folder):
+    """metrics.jsonl without its wall-clock field."""
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in json_lines(folder / "metrics.jsonl")]
+
+
+def shared(tmp_path_factory):
+    """The folder of all short runs of Sudoku in these tests: side by side they share the base model."""
+    (folder := tmp_path_factory.getbasetemp() / "sudoku").mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """A whole run, cut short: (folder, what it printed)."""
-    folder = tmp_path_factory.mktemp("runs") / "sudoku"
+    folder = shared(tmp_path_factory) / "cli"
     result = train(*SHORT, "--out", folder)
     assert result.returncode == 0, result.stderr
     return folder, result.stdout
 
 
-def metrics(folder):
-    """metrics.jsonl without its wall-clock field."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+@pytest.fixture(scope="module")
+def countdown(tmp_path_factory):
+    """A run of Countdown without policy gradients."""
+    folder = tmp_path_factory.mktemp("runs") / "countdown"
+    assert here(*"--base-steps 20 --max-steps 0 --eval-steps 2 --eval-prompts 40 --out".split(), folder) == 0
+    return folder
+
+
+# ---- What a run leaves -------------------------------------------------------------------------
 
 
 def test_a_run_leaves_what_the_readme_promises(done):
@@ -58,6 +90,7 @@ def test_a_run_leaves_what_the_readme_promises(done):
     assert all(0 <= x <= 1 for x in summary["final"].values()) and summary["seconds"] > 0
     assert [row["step"] for row in metrics(folder)] == [1, 2, 3, 4]
     assert any(row["signal"] > 0 and row["gradient_norm"] > 0 for row in metrics(folder))  # not all zeros
+    assert all(row["ratio_error"] < 1e-5 and row["clip_fraction"] == 0 for row in metrics(folder))
     assert [("validation" in row) for row in metrics(folder)] == [False, True, False, True]
     assert json.loads((folder / "config.json").read_text())["algorithm"]["sampling_steps"] == 4
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
@@ -69,69 +102,35 @@ def test_the_same_seed_gives_the_same_bits_with_a_fresh_and_with_a_reused_base(d
     folder, _ = done
     assert here(*SHORT, "--out", folder.parent / "reused") == 0 and "reusing" in capsys.readouterr().out
     assert here(*SHORT, "--out", tmp_path / "fresh") == 0 and "reusing" not in capsys.readouterr().out
+    summary = json.loads((folder / "summary.json").read_text())
     for other in (tmp_path / "fresh", folder.parent / "reused"):
         assert metrics(other) == metrics(folder)
-        for name in ("base", "final", "by_sampling_steps"):
-            assert (
-                json.loads((other / "summary.json").read_text())[name]
-                == json.loads((folder / "summary.json").read_text())[name]
-            )
-        assert (other / "model" / "model.safetensors").read_bytes() == (
-            folder / "model" / "model.safetensors"
-        ).read_bytes()
+        again = json.loads((other / "summary.json").read_text())
+        assert all(again[name] == summary[name] for name in ("base", "final", "by_sampling_steps"))
+        weights = [(run / "model" / "model.safetensors").read_bytes() for run in (other, folder)]
+        assert weights[0] == weights[1]
 
 
-def test_another_seed_gives_other_numbers(done, tmp_path):
-    folder, _ = done
-    assert here(*SHORT, "--seed", 1, "--max-steps", 1, "--out", tmp_path / "run") == 0
-    assert metrics(tmp_path / "run")[0] != metrics(folder)[0]
+def test_another_seed_gives_other_numbers(tmp_path):
+    flags = "--base-steps 3 --max-steps 1 --eval-steps 2 --eval-prompts 20".split()
+    assert [here(*flags, "--seed", seed, "--out", tmp_path / str(seed)) for seed in (0, 1)] == [0, 0]
+    assert metrics(tmp_path / "0")[0]["entropy"] != metrics(tmp_path / "1")[0]["entropy"]
 
 
-def test_a_finished_run_answers_a_typed_question_and_is_measured_again(done, capsys):
-    folder, _ = done
-    assert here("--evaluate", folder, "--prompt", "0310 2004 0400 1043") == 0
-    printed = capsys.readouterr().out
-    assert "before step 1" in printed and "answer" in printed
-    assert here("--evaluate", folder, "--eval-prompts", 40, "--eval-policies", "sampled", "greedy") == 0
-    final, printed = json.loads((folder / "summary.json").read_text())["final"], capsys.readouterr().out
-    assert f"{final['sampled']:.1%}" in printed and f"{final['greedy']:.1%}" in printed
+def test_countdown_without_policy_gradients_is_the_supervised_control(countdown):
+    summary = json.loads((countdown / "summary.json").read_text())
+    assert summary["task"] == "countdown" and summary["steps"] == 0 and summary["final"] == summary["base"]
+    assert metrics(countdown) == [] and (countdown / "curve.png").exists()
 
 
 def test_settings_can_be_chosen_without_reading_the_test_questions(tmp_path, monkeypatch, capsys):
     read = []
     load = tasks.Countdown.load
-    monkeypatch.setattr(tasks.Countdown, "load", lambda self, split, data=None: read.append(split) or load(self, split))
-    flags = "--base-steps 3 --base-batch 8 --max-steps 1 --eval-steps 2 --eval-prompts 20 --eval-split validation"
-    assert main([*flags.split(), "--out", str(tmp_path / "run")]) == 0
+    monkeypatch.setattr(tasks.Countdown, "load", lambda self, split, *_: read.append(split) or load(self, split))
+    flags = "--base-steps 3 --max-steps 1 --eval-steps 2 --eval-prompts 20 --eval-split validation"
+    assert here(*flags.split(), "--out", tmp_path / "run") == 0
     assert "validation" in read and "test" not in read
     assert "test accuracy" not in capsys.readouterr().out
-
-
-def test_want_of_memory_names_the_flag_to_lower(tmp_path, monkeypatch, capsys):
-    def rollout(*_):
-        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
-
-    monkeypatch.setattr(agrpo, "rollout", rollout)
-    assert here(*SHORT, "--base-steps", 1, "--out", tmp_path / "run") == 1
-    assert "--tokens-per-pass" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_tensorboard_gets_every_number(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    track = runs.Tracker("tensorboard", tmp_path, {}, done=0)
-    track(1, {"reward": 0.5, "validation": {"greedy": 0.25}})
-    track.close()
-    events = EventAccumulator(str(tmp_path)).Reload()
-    assert events.Scalars("reward")[0].value == 0.5 and events.Scalars("validation/greedy")[0].value == 0.25
-
-
-def test_a_missing_tracker_is_asked_for_before_anything_runs(monkeypatch, capsys):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SystemExit):
-        parse_arguments(["--tracker", "wandb"])
-    assert "pip install wandb" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_commands_it_prints_work_where_they_are_pasted(monkeypatch):
@@ -148,39 +147,63 @@ def test_runs_that_start_together_get_folders_of_their_own(tmp_path, monkeypatch
     assert [str(folder) for folder in folders] == [f"runs/countdown-seed0{end}" for end in ("", "-2", "-3")]
 
 
-def test_countdown_without_policy_gradients_is_the_supervised_control(tmp_path):
-    flags = "--base-steps 12 --base-batch 16 --max-steps 0 --eval-steps 2 --eval-prompts 40"
-    assert here(*flags.split(), "--out", tmp_path / "run") == 0
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["task"] == "countdown" and summary["steps"] == 0 and summary["final"] == summary["base"]
-    assert metrics(tmp_path / "run") == [] and (tmp_path / "run" / "curve.png").exists()
+# ---- Asking and measuring a finished run -------------------------------------------------------
 
 
-@pytest.mark.parametrize("algorithm", ["agrpo-sa", "egspo", "egspo-sa"])
-def test_every_algorithm_is_the_same_loop_with_other_settings(tmp_path, algorithm):
-    flags = "--task sudoku --base-steps 40 --base-batch 32 --max-steps 2 --eval-steps 8 --eval-prompts 8 --eval-every 9"
-    sizes = "--prompts-per-step 4 --mc-samples 2 --eval-split validation"
-    folder = tmp_path.parent / algorithm  # side by side: they share the base model
-    assert here(*flags.split(), *sizes.split(), "--algorithm", algorithm, "--out", folder) == 0
-    rows = metrics(folder)
-    assert len(rows) == 2 and all(0 < row["evaluations"] <= 4 * 8 * 2 and row["ratio_error"] < 1e-5 for row in rows)
+def test_a_finished_run_answers_a_typed_question(done, capsys):
+    assert here("--evaluate", done[0], "--prompt", "0310 2004 0400 1043") == 0
+    printed = capsys.readouterr().out
+    assert "before step 1" in printed and "answer" in printed
 
 
-def test_algorithms_have_their_published_defaults():
-    _, config = parse_arguments(["--model", "llada", "--task", "gsm8k", "--algorithm", "egspo-sa"])
-    assert (config.importance_sampling, config.mc_samples, config.epsilon_high) == ("top_entropy", 8, 0.5)
-    assert (config.beta, config.step_baseline, config.unmasking) == (0.04, "constant", "low_confidence")
-    assert config.step_coefficient == pytest.approx(0.5 / (1 + 0.5)) and config.top_k == 0
-    run_config, config = parse_arguments(["--model", "llada", "--task", "gsm8k"])
-    assert config.importance_sampling == "entropy" and config.step_baseline == "none" and run_config.lora_rank == 64
+def test_a_finished_run_is_measured_again_and_every_answer_is_saved(done, capsys):
+    folder, _ = done
+    assert here("--evaluate", folder, "--eval-prompts", 40) == 0
+    final, printed = json.loads((folder / "summary.json").read_text())["final"], capsys.readouterr().out
+    assert f"{final['sampled']:.1%}" in printed and f"{final['greedy']:.1%}" in printed
+    report = json.loads((folder / "evaluation-sudoku.json").read_text())
+    answers = json_lines(folder / "completions-sudoku.jsonl")
+    for row in report["rows"]:
+        own = [a for a in answers if (a["steps"], a["policy"]) == (row["steps"], row["policy"])]
+        assert len(own) == row["answers"] == 40 and row["accuracy"] == final[row["policy"]]
+        assert sum(a["correct"] for a in own) / 40 == row["accuracy"]
+        assert all(a["prompt"] and isinstance(a["completion"], str) and 0 <= a["length"] <= 16 for a in own)
+    assert [(row["steps"], row["policy"]) for row in report["rows"]] == [(4, "sampled"), (4, "greedy")]
+    assert len(answers) == 80
 
 
-def test_help_is_short_and_names_every_option(capsys):
-    with pytest.raises(SystemExit):
-        parse_arguments(["--help"])
+def test_infilling_keeps_the_given_characters_from_the_first_state_on(countdown, capsys):
+    assert here("--evaluate", countdown, "--prompt", "03 07 12=16", "--template", "[2]+[2]-[2]") == 0
     lines = capsys.readouterr().out.splitlines()
-    flags = ["--" + f.name.replace("_", "-") for cls in (RunConfig, AGRPOConfig) for f in dataclasses.fields(cls)]
-    assert len(lines) < 120 and all(any(line.strip().startswith(flag) for line in lines) for flag in flags)
+    states = [line.split()[-1] for line in lines if "before step" in line or "finished" in line]
+    assert len(states) == 3 and states[0] == "__+__-__" and "_" not in states[-1]  # Countdown: m = 2
+    assert all(state[2] == "+" and state[5] == "-" for state in states)
+    assert [state.count("_") for state in states] == [6, 3, 0]
+    written = [(a, b) for state, later in zip(states, states[1:]) for a, b in zip(state, later)]
+    assert all(a in ("_", b) for a, b in written)  # what was written stays
+    assert next(line for line in lines if "answer" in line).split()[1] == states[-1].replace(".", "")
+
+
+def test_a_whole_answer_but_one_token_may_be_given(countdown, capsys):
+    assert here("--evaluate", countdown, "--prompt", "03 07 12=16", "--template", "12+07-0[1]") == 0
+    printed = capsys.readouterr().out
+    assert "before step 0   12+07-0_" in printed and re.search(r"finished +12\+07-0[^_]\n", printed)
+
+
+@pytest.mark.parametrize("template", ["", "+-", "[0]", "[]+[k]-[-2]", "12+07-03"])
+def test_a_template_that_leaves_nothing_to_write_is_refused(template, capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse_arguments(["--evaluate", "run", "--prompt", "03 07 12=16", "--template", template])
+    assert exit.value.code == 2 and "no [k] says how many tokens to write" in last_line(capsys)
+
+
+@pytest.mark.parametrize("template, named", [("[2]x[2]", "'x'"), ("[2]+[y]", "'+[y]'"), ("[2]+[2", "'+[2'")])
+def test_a_template_of_characters_that_the_model_has_not_is_refused(countdown, template, named, capsys):
+    assert here("--evaluate", countdown, "--prompt", "03 07 12=16", "--template", template) == 1
+    assert f"the model has no token for {named}" in last_line(capsys)
+
+
+# ---- What goes wrong ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -191,37 +214,50 @@ def test_help_is_short_and_names_every_option(capsys):
         (["--model", "llada", "--task", "chess"], "gsm8k"),
         (["--lora-rank", "4"], "--lora-rank"),
         (["--tracker", "paper"], "wandb"),
-        (["--save-completions"], "--evaluate"),
         (["--evaluate", "a", "--resume", "b"], "choose one"),
-        (["--eval-policies", "best"], "greedy"),
+        (["--prompt", "1 2 3 = 6"], "--evaluate"),
         (["--evaluate", "a", "--prompt", ""], "empty"),
-        (["--adam-beta2", "1"], "[0, 1)"),
+        (["--evaluate", "a", "--template", "[2]"], "--prompt"),
         (["--sampling-steps", "9"], "exceeds"),
         (["--mc-samples", "0"], "mc_samples"),
-        (["--num-generations", "1"], "group"),
+        (["--num-generations", "1"], "num_generations is 1: at least 2"),
         (["--block-length", "3"], "multiple"),
-        (["--unmasking", "low_confidence", "--top-k", "4"], "--top-k 0"),
+        (["--block-length", "0"], "block_length"),
+        (["--unmasking", "highest"], "low_confidence"),
         (["--algorithm", "grpo"], "egspo-sa"),
-        (["--allocation", "batch", "--beta", "0.1"], "uniform_share"),
-        (["--allocation", "batch", "--importance-sampling", "top_entropy"], "top_entropy"),
-        (["--allocation", "batch", "--no-low-discrepancy"], "low_discrepancy"),
-        (["--uniform-share", "2"], "[0, 1]"),
+        (["--importance-sampling", "top_entropy"], "uniform or entropy"),
         (["--temperature", "0"], "evaluation"),
-        (["--prompt", "1 2 3 = 6"], "--evaluate"),
+        (["--temperature", "nan"], "temperature"),
+        (["--top-k", "-1"], "top_k"),
+        (["--top-p", "0"], "(0, 1]"),
+        (["--epsilon-low", "1.5"], "at most 1"),
+        (["--beta", "nan"], "--beta"),
+        (["--entropy-bonus", "-0.1"], "--entropy-bonus"),
         (["--completion-length", "6"], "need 8"),
         (["--learning-rate", "nan"], "finite"),
+        (["--gradient-clip", "0"], "--gradient-clip"),
+        (["--prompts-per-step", "0"], "--prompts-per-step"),
         (["--max-steps", "-1"], "negative"),
-        (["--base-noise", "1.5"], "[0, 1]"),
-        (["--top-p", "0.9"], "top_k"),
-        (["--eval-steps", "16"], "--eval-steps 16"),
         (["--max-steps", "x"], "invalid"),
+        (["--eval-steps", "16"], "--eval-steps 16"),
+        (["--eval-steps", "0"], "--eval-steps 0"),
+        (["--eval-split", "train"], "test, validation"),
         (["--steps", "3"], "--steps"),
     ],
 )
 def test_misuse_says_one_line_and_exits_with_2(arguments, word, capsys):
     with pytest.raises(SystemExit) as exit:
         parse_arguments(arguments)
-    assert exit.value.code == 2 and word in capsys.readouterr().err.splitlines()[-1]
+    assert exit.value.code == 2 and word in last_line(capsys)
+
+
+def test_what_only_presets_set_is_no_flag(capsys):
+    gone = "horizon normalization allocation uniform-share step-baseline step-coefficient save-completions".split()
+    presets = [field.name.replace("_", "-") for field in dataclasses.fields(RunConfig)]
+    for name in [*gone, *presets[presets.index("schedule") :]]:
+        with pytest.raises(SystemExit) as exit:
+            parse_arguments([f"--{name}", "1"])
+        assert exit.value.code == 2 and f"unrecognized arguments: --{name} 1" in last_line(capsys)
 
 
 def test_other_failures_say_one_line_and_exit_with_1(done, tmp_path, capsys):
@@ -236,8 +272,85 @@ def test_other_failures_say_one_line_and_exit_with_1(done, tmp_path, capsys):
         (["--evaluate", tmp_path / "broken"], "broken"),
         (["--evaluate", tmp_path / "unfinished"], "no finished run"),
         (["--evaluate", folder, "--prompt", "what is 2 + 2?"], "a valid question is"),
+        (["--evaluate", tmp_path / "nowhere" / "at all"], "nowhere"),
     ):
         assert here(*arguments) == 1
-        assert word in capsys.readouterr().err.splitlines()[-1]
-    result = train("--evaluate", tmp_path / "nowhere" / "at all")
-    assert result.returncode == 1 and "nowhere" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+        assert word in last_line(capsys)
+
+
+def test_want_of_memory_names_the_flag_to_lower(tmp_path, monkeypatch, capsys):
+    def rollout(*_):
+        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+    monkeypatch.setattr(agrpo, "rollout", rollout)
+    assert here("--base-steps", 1, "--out", tmp_path / "run") == 1
+    assert "--tokens-per-pass" in last_line(capsys)
+
+
+# ---- --help, and what starting costs -----------------------------------------------------------
+
+
+def test_help_is_short_names_every_option_and_has_at_most_45(capsys, monkeypatch):
+    parsers, parse = [], argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda *a: parsers.append(a[0]) or parse(*a))
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"], sys.modules["train"].__doc__)
+    lines = capsys.readouterr().out.splitlines()
+    shown = {line.split()[0] for line in lines if line.startswith("  --")}
+    run = [field.name for field in dataclasses.fields(RunConfig)]
+    names = run[: run.index("schedule")] + [field.name for field in dataclasses.fields(AGRPOConfig)]
+    assert {option.rstrip(",") for option in shown} == {settings.flag(name) for name in names}
+    options = parsers[0]._actions  # hidden ones too
+    assert len(options) == len(shown) + 1 <= 45 and all(action.help for action in options)
+    assert len(lines) < 130 and max(map(len, lines)) <= 120
+
+
+def test_starting_loads_nothing_but_torch():
+    """So that --help and mistakes are answered at once: what is heavy is imported where it is used."""
+    heavy = "transformers", "tokenizers", "peft", "datasets", "matplotlib", "safetensors", "math_verify", "wandb"
+    script = f"import sys, train; train.parse_arguments([]); print([m for m in {heavy} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+# ---- Trackers ----------------------------------------------------------------------------------
+
+
+def test_a_missing_tracker_is_asked_for_before_anything_runs(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit):
+        parse_arguments(["--tracker", "wandb"])
+    assert "pip install wandb" in last_line(capsys)
+
+
+def test_tensorboard_gets_every_number(tmp_path, monkeypatch):
+    sent = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step, **_):
+            sent.append((folder, purge_step))
+
+        def add_scalar(self, *scalar):
+            sent.append(scalar)
+
+        def flush(self):
+            pass
+
+    fake = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    track = runs.tracker("tensorboard", tmp_path, {}, done=2)
+    track(3, {"reward": 0.5, "validation": {"greedy": 0.25}})
+    assert sent == [(str(tmp_path), 3), ("reward", 0.5, 3), ("validation/greedy", 0.25, 3)]
+
+
+def test_wandb_gets_every_number_and_its_failure_is_one_line(tmp_path, monkeypatch):
+    sent = []
+    run = types.SimpleNamespace(log=lambda metrics, step: sent.append((metrics, step)))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **options: run))
+    runs.tracker("wandb", tmp_path, {}, done=0)(1, {"reward": 0.5, "validation": {"greedy": 0.25}})
+    assert sent == [({"reward": 0.5, "validation/greedy": 0.25}, 1)]
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **options: 1 / 0))
+    with pytest.raises(ValueError, match="--tracker wandb"):
+        runs.tracker("wandb", tmp_path, {}, done=0)
+    runs.tracker("", tmp_path, {}, done=0)(1, {"reward": 0.5})  # none: nothing happens

@@ -3,32 +3,29 @@
 import json
 
 import pytest
-import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from experiments import speed
+from experiments import report, speed
 
 
 def test_the_measurement_at_lladas_shapes_runs_small(tmp_path, monkeypatch):
     pytest.importorskip("peft")
-    monkeypatch.setattr(speed, "RESULTS", tmp_path)
-    speed.measure("llada-small")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    speed.main(["llada-small"])
     result = json.loads((tmp_path / "speed-llada-small.json").read_text())
-    assert result["matmul_peak"] > 0
     for part in ("rollout", "update"):
-        assert 0 < result[part]["utilisation"] < 1 and result[part]["peak_memory_bytes"] > 0
-        assert result[part]["seconds"] > 0 and result[part]["tokens_per_second"] > 0
+        assert all(number > 0 for number in result[part].values()) and result[part]["ratio"] > 1
+        assert result[part]["tokens_per_second"] * result[part]["seconds"] == pytest.approx(4 * 24)
 
 
-def test_the_operations_are_those_of_the_matrix_products():
-    setting = speed.SETTINGS["llada-small"]
-    model = speed.random_model(setting, "cpu", torch.float32)
-    length = setting.prompt_length + setting.config.completion_length
-    positions = torch.zeros(2, length, dtype=torch.bool)
-    positions[:, -3:] = True
-    # The counter knows attention only as the two products that its plain form has.
-    plain, counter = sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False)
-    with plain, counter, torch.no_grad(), model.disable_adapter():
-        model(torch.zeros(2, length, dtype=torch.long), positions=positions)
-    assert counter.get_total_flops() == speed.operations(setting, 2, head_rows=6, backward=False)
+def test_the_bare_passes_are_those_of_the_call(monkeypatch):
+    """A rollout has a pass a step, without gradient; an update of one micro-batch after the other, with it."""
+    setting = speed.Setting(speed.COUNTDOWN, speed.AGRPOConfig(2, mc_samples=2), (12, 8), completions=6, micro_batch=4)
+    seen = []
+
+    def numbers(part, model, tokens, setting):
+        for with_gradient, ((ids, *_), options) in speed.passes_of(part, model):
+            seen.append((part.__name__, with_gradient, len(ids), int(options["positions"].sum())))
+
+    monkeypatch.setattr(speed, "numbers", numbers)
+    speed.measure(setting)
+    assert seen == 2 * [("rollout", False, 6, 24)] + 3 * [("update", True, 4, 16)]

@@ -13,7 +13,8 @@ from fractions import Fraction
 
 import pytest
 
-from tasks import CHAT_TASKS, SPLITS, TASKS, all_grids, evaluate, extract_answer, solutions
+from support import words
+from tasks import SPLITS, TASKS, all_grids, evaluate, extract_answer, solutions
 
 COUNTDOWN, SUDOKU = TASKS["countdown"], TASKS["sudoku"]
 GAME = {"numbers": [3, 7, 12], "target": 16}
@@ -124,8 +125,7 @@ def test_a_typed_question_may_be_spaced_freely():
     assert COUNTDOWN.parse_question("  3  12 7=16 ") == GAME
     for text in (" 0310200404001043\n", "a31d2fg4i4kl1n43", "0310 2004 0400 1043", ".31. 2..4 .4.. 1.43"):
         assert SUDOKU.parse_question(text) == GRID
-    chat = COUNTDOWN.messages(GAME)
-    assert [m["role"] for m in chat] == ["system", "user"] and chat[1]["content"] == "03 07 12=16"
+    assert COUNTDOWN.messages(GAME) == [{"role": "user", "content": "03 07 12=16"}]  # the rules are left to be learnt
 
 
 @pytest.mark.parametrize(
@@ -196,8 +196,9 @@ def test_the_answer_stands_in_the_last_complete_pair_of_tags():
 def test_countdown_reward(answer, plain, chat):
     for completion in (answer, f"<think>3+12</think><answer> {answer} </answer>"):
         assert COUNTDOWN.reward(completion, GAME) == pytest.approx(plain)
-        assert COUNTDOWN.reward(completion, GAME, chat=True) == pytest.approx(chat)
-        assert COUNTDOWN.is_correct(completion, GAME) == (plain == 3)
+        assert words.TASKS["countdown"].reward(completion, GAME) == pytest.approx(chat)
+        for task in (COUNTDOWN, words.TASKS["countdown"]):
+            assert task.is_correct(completion, GAME) == (plain == 3)
 
 
 @pytest.mark.parametrize(
@@ -214,17 +215,19 @@ def test_countdown_reward(answer, plain, chat):
 )
 def test_sudoku_reward(answer, plain, chat):
     assert SUDOKU.reward(answer, GRID) == pytest.approx(plain)
-    assert SUDOKU.reward(answer, GRID, chat=True) == pytest.approx(chat)
-    assert SUDOKU.is_correct(answer, GRID) == (plain == 1)
+    assert words.TASKS["sudoku"].reward(answer, GRID) == pytest.approx(chat)
+    for task in (SUDOKU, words.TASKS["sudoku"]):
+        assert task.is_correct(answer, GRID) == (plain == 1)
 
 
 def test_hostile_completions_earn_nothing_and_cost_nothing():
     start = time.perf_counter()
-    for text, chat in itertools.product(HOSTILE, (False, True)):
+    for text, tasks in itertools.product(HOSTILE, (TASKS, words.TASKS)):
         for completion in (text, f"<answer>{text}</answer>"):
-            form = 1 / 3 if chat and text == "=16" else 0  # for the target behind an equals sign, as the paper has it
-            assert COUNTDOWN.reward(completion, GAME, chat=chat) == form, completion[:40]
-            assert SUDOKU.reward(completion, GRID, chat=chat) == 0, completion[:40]
+            # For the target behind an equals sign, as the paper has it.
+            form = 1 / 3 if tasks is words.TASKS and text == "=16" else 0
+            assert tasks["countdown"].reward(completion, GAME) == form, completion[:40]
+            assert tasks["sudoku"].reward(completion, GRID) == 0, completion[:40]
     assert time.perf_counter() - start < 1
 
 
@@ -264,7 +267,7 @@ def test_the_parser_agrees_with_pythons_own():
 
 
 def is_correct(name, completion, answer):
-    return TASKS[name].is_correct(completion, {"question": "?", "answer": answer})
+    return words.TASKS[name].is_correct(completion, {"question": "?", "answer": answer})
 
 
 @pytest.mark.parametrize(
@@ -324,9 +327,9 @@ def test_form_earns_half_a_point_for_each_pair_of_tags():
         ("<think>5", 0.0),
         ("</think>5<think>", 0.0),
     ):
-        assert TASKS["gsm8k"].reward(completion, example, chat=True) == 3.0 + form
-        assert TASKS["gsm8k"].reward(completion, example | {"answer": "6"}, chat=True) == form
-        assert TASKS["gsm8k"].reward(completion, example) == 3.0
+        assert words.TASKS["gsm8k"].reward(completion, example) == 3.0 + form
+        assert words.TASKS["gsm8k"].reward(completion, example | {"answer": "6"}) == form
+        assert words.TASKS["gsm8k"].is_correct(completion, example)
 
 
 @pytest.mark.parametrize("answer", ["9^{9^{9^{9}}}", "(" * 199, "\ud800", "{" * 150])
@@ -345,15 +348,15 @@ def test_a_megabyte_of_text_costs_milliseconds():
 
 
 def test_instruction_tuned_models_get_a_system_prompt_with_the_format_and_larger_numbers():
-    for name, task in CHAT_TASKS.items():
+    for name, task in words.TASKS.items():
         example = {"question": "?", "answer": "5"} if name in ("gsm8k", "math") else task.load("test")[0]
         messages = task.messages(example)
         assert messages[0]["role"] == "system" and "<think>" in messages[0]["content"]
-        assert "<answer>" in messages[0]["content"] and "{asked}" not in messages[0]["content"]
+        assert "<answer>" in messages[0]["content"]
         assert messages[-1] == {"role": "user", "content": task.question(example)}
         if name in ("countdown", "sudoku"):  # what a run suggests to ask
             assert task.parse_question(" ".join(task.question(example).split())) == example
-    countdown, sudoku = CHAT_TASKS["countdown"], CHAT_TASKS["sudoku"]
+    countdown, sudoku = words.TASKS["countdown"], words.TASKS["sudoku"]
     assert max(max(e["numbers"]) for e in countdown.load("test")) == 99 and len(countdown.load("train")) == 20000
     assert all(set(e["puzzle"]) <= set("01234") for e in sudoku.load("test")) and len(sudoku.SHOTS) == 3
     assert all(solutions(puzzle) == solutions(solution) for puzzle, solution in sudoku.SHOTS.items())
@@ -371,7 +374,7 @@ def test_every_countdown_question_for_chat_has_an_answer():
                 found |= values([*rest, value])
         return found
 
-    for example in CHAT_TASKS["countdown"].load("test")[:200]:
+    for example in words.TASKS["countdown"].load("test")[:200]:
         assert example["target"] in values([Fraction(number) for number in example["numbers"]])
 
 
@@ -383,16 +386,18 @@ def test_csv_keeps_the_leading_zeros_of_a_puzzle_and_parquet_that_lost_them_gets
     columns = {"Puzzle": [int(example["puzzle"])], "Solution": [int(example["solution"])]}
     parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
     for name in ("a.csv", "a.parquet"):
-        assert SUDOKU.read(str(tmp_path / name)) == [example]
+        assert words.TASKS["sudoku"].read(str(tmp_path / name)) == [example]
 
 
 def test_a_data_file_is_divided_without_sharing_a_question(tmp_path):
     rows = [{"question": f"{i % 60}?", "answer": f"#### {i}"} for i in range(100)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    parts = [TASKS["gsm8k"].load(split, str(tmp_path / "a.jsonl")) for split in SPLITS]
+    parts = [words.TASKS["gsm8k"].load(split, str(tmp_path / "a.jsonl")) for split in SPLITS]
     questions = [{example["question"] for example in part} for part in parts]
     assert sum(map(len, parts)) == 100 and len(set.union(*questions)) == sum(map(len, questions)) == 60
     assert all(questions)
+    with pytest.raises(ValueError, match="^unknown split 'dev': .*$"):
+        words.TASKS["gsm8k"].load("dev", str(tmp_path / "a.jsonl"))
 
 
 def test_math_trains_on_the_hubs_problems_without_those_of_the_test_and_without_the_hardest(monkeypatch):
@@ -408,7 +413,7 @@ def test_math_trains_on_the_hubs_problems_without_those_of_the_test_and_without_
     }
     load_dataset = types.SimpleNamespace(load_dataset=lambda name, *_, **__: hub[name])
     monkeypatch.setitem(sys.modules, "datasets", load_dataset)
-    task = type(TASKS["math"])()
+    task = type(words.TASKS["math"])()
     found = {example["question"] for split in ("train", "validation") for example in task.load(split)}
     assert found == {f"p{i}" for i in range(300)} | {"bare"} and len(task.load("validation")) == 200
     assert [example["question"] for example in task.load("test")] == ["tested"]

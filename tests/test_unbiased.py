@@ -5,14 +5,24 @@ the table.
 """
 
 import itertools
+import json
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import agrpo
-from experiments import contrasts, exact
+import variants
+from experiments import contrasts, exact, oracle, runner
+
+LEFT_TO_RIGHT = {"block_length": 1}
+TWO_TOKENS = {"ids": oracle.QUESTION[:-2], "sampling_steps": 2, "block_length": 1}  # seven trajectories
+CONFIDENT_BLOCKS = {"unmasking": "low_confidence", "block_length": 2, "temperature": 0.7}
+
+
+# ---- The table ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", exact.EXACT)
@@ -21,23 +31,24 @@ def test_the_expected_gradient_is_the_policy_gradient(name):
         assert exact.EXACT[name](seed, sharpness)["bias"] < 1e-10
 
 
-def test_it_is_for_a_reward_of_81_different_values():
-    assert exact.measure(0, exact.ENTROPY, levels=None)["bias"] < 1e-10
+def test_it_is_for_a_reward_of_27_different_values():
+    x = oracle.problem(0, levels=10**6, **exact.SHORT)
+    assert len(x.rewards.unique()) == 27 and exact.measure(x, exact.ENTROPY)["bias"] < 1e-10
 
 
 @pytest.fixture(scope="module")
 def biases():
-    rows = exact.table(range(3), exact.BIASED)
-    exact.print_table(rows)
+    rows = exact.medians([{name: row(seed) for name, row in exact.BIASED.items()} for seed in range(3)])
+    exact.print_rows(rows)
     return rows
 
 
 BEYOND_SCALE = {  # no learning rate makes up for these: at least so much
-    "horizon last_non_eos": 0.05,
-    "horizon last_non_eos, per-trajectory mean (the paper's)": 0.05,
+    "horizon: last token that is not end-of-text": 0.05,
+    "the same, per-trajectory mean (the paper's)": 0.05,
     "per-trajectory mean, blocks with early stop": 0.05,
     "group mean / standard deviation, G = 4": 0.01,
-    "KL per state (beta), against the trajectory's KL": 0.01,
+    "KL per state, against the trajectory's KL": 0.01,
     "entropy per state, against the trajectory's entropy": 0.01,
     "entropy without importance weights": 0.01,
     "k steps of highest entropy (EGSPO)": 0.1,
@@ -49,6 +60,7 @@ BEYOND_SCALE = {  # no learning rate makes up for these: at least so much
     "one pass, all masked (diffu-GRPO)": 0.2,
     "ELBO of random masks (ESPO, BGPO)": 0.01,
 }
+GROUP_MEAN = "group mean, own sample included, G = 4"
 
 
 @pytest.mark.parametrize("name", BEYOND_SCALE)
@@ -57,9 +69,8 @@ def test_what_is_called_biased_is_biased_beyond_scale(biases, name):
 
 
 def test_the_group_mean_costs_scale_only(biases):
-    row = biases["group mean, own sample included, G = 4"]
-    assert row["beyond_scale"] < 1e-10
-    assert row["scale"] == pytest.approx(3 / 4, abs=1e-10)
+    assert biases[GROUP_MEAN]["beyond_scale"] < 1e-10
+    assert biases[GROUP_MEAN]["scale"] == pytest.approx(3 / 4, abs=1e-10)
 
 
 def test_kl_and_entropy_per_state_point_the_right_way(biases):
@@ -68,198 +79,266 @@ def test_kl_and_entropy_per_state_point_the_right_way(biases):
 
 
 def test_every_row_is_held_to_a_claim():
-    assert set(exact.BIASED) - set(BEYOND_SCALE) == {"group mean, own sample included, G = 4"}
+    assert set(exact.BIASED) - set(BEYOND_SCALE) == {GROUP_MEAN}
 
 
-def test_a_mean_per_slot_does_no_harm_where_there_is_one_slot():
-    options = exact.STEP | exact.BLOCKS | {"mc_samples": 1}
-    assert exact.measure(0, options, advantage=exact.returns, estimator=exact.slot_by_slot)["bias"] < 1e-10
+# ---- The oracle --------------------------------------------------------------------------------
 
 
-def test_the_stepwise_advantage_is_r_minus_c_r_t_minus_its_expectation():
-    """The c that was asked for: rescaled by G / (G - 1) and averaged over the fellows, nothing else is left."""
-    x = exact.problem(0, **exact.BLOCKS, step_baseline="constant", step_coefficient=0.5)
-    executed = torch.arange(4) < x.run.steps_taken[:, None]
-    r = x.step_rewards.where(executed, x.rewards[:, None])  # (B, m): after the last step the reward is known
-    expected = x.p @ (x.rewards[:, None] - 0.5 * r)  # (m,)
-    assert torch.allclose(exact.stepwise(x)[executed], (exact.returns(x) - expected)[executed], atol=1e-12)
+def flip_the_objective(logp, old_logp, advantage, *eps, original=agrpo.clipped_objective):
+    return -original(logp, old_logp, advantage, *eps)
 
 
-def test_the_gate_moves_the_advantage():
-    """Otherwise the gated rows would say nothing new."""
-    x = exact.problem(0, **exact.BLOCKS, step_baseline="ramp", num_generations=3)
-    assert (exact.stepwise(x, gate=True) - exact.stepwise(x)).abs().max() > 0.05
+def flip_the_advantage(rewards, G, original=agrpo.group_advantages):
+    return -original(rewards, G)
+
+
+def a_step_too_late(run, t, original=agrpo.Rollout.state_at):
+    return original(run, t + 1)
+
+
+def the_next_action(run, t, original=agrpo.Rollout.action_at):
+    return original(run, t + 1)
+
+
+def no_importance_weights(q, u, original=agrpo.timestep_weights):
+    return original(q, u) * q * q.shape[1]
+
+
+def a_horizon_too_short(run, config, original=agrpo.proposal):
+    return original(replace(run, steps_taken=run.steps_taken - 1), config)
+
+
+PLANTED = {
+    "flip_the_objective": (agrpo, "clipped_objective", 1.9),
+    "flip_the_advantage": (agrpo, "group_advantages", 1.9),
+    "a_step_too_late": (agrpo.Rollout, "state_at", 0.01),
+    "the_next_action": (agrpo.Rollout, "action_at", 0.1),
+    "no_importance_weights": (agrpo, "timestep_weights", 0.01),
+    "a_horizon_too_short": (agrpo, "proposal", 0.1),
+}
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_a_planted_bug_is_caught(bug, monkeypatch):
+    """The problem is enumerated before: only what follows it is spoilt."""
+    owner, name, least = PLANTED[bug]
+    x = oracle.problem(0, 4.0, **exact.SHORT)
+    assert exact.measure(x, exact.ENTROPY | exact.ONE)["bias"] < 1e-10
+    monkeypatch.setattr(owner, name, globals()[bug])
+    assert exact.measure(x, exact.ENTROPY | exact.ONE)["bias"] > least
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"block_length": 2, "temperature": 0.7},
-        {"unmasking": "low_confidence", "sampling_steps": 2},
-        {"unmasking": "low_confidence", "block_length": 2, "temperature": 0.7},
-    ],
+    "policy", [exact.BLOCKS | {"temperature": 0.7}, exact.CONFIDENT, CONFIDENT_BLOCKS, exact.PADDED]
 )
-def test_the_oracle_is_the_slope_of_the_expected_reward(options):
+def test_the_oracle_is_the_slope_of_the_expected_reward(policy, monkeypatch):
     """The exact gradient, by autograd, against central differences of sum_tau p(tau) R(tau) with agrpo's p(tau).
 
     Under low confidence the oracle holds the kept tokens fixed, and the differences rank them anew."""
-    model, config = exact.micro_model(0), exact.micro_config(**options)
+    x = oracle.problem(0, **policy)
 
-    def expected_reward():
-        run, p, _ = exact.enumerate_rollouts(model, config)
-        return (p * exact.micro_reward(run.completion_ids, seed=0)).sum().item()
+    def expected_reward(parameters):
+        with monkeypatch.context() as patched:
+            patched.setattr(oracle, "micro_model", lambda *_: model)
+            torch.nn.utils.vector_to_parameters(parameters, model.parameters())
+            moved = oracle.Problem(0, **policy)
+        return (moved.p * moved.rewards).sum().item()
 
-    run, _, order_p = exact.enumerate_rollouts(model, config)
-    slope = exact.exact_gradient(model, run, order_p, config, exact.micro_reward(run.completion_ids, seed=0))
+    model = oracle.micro_model(0)
     parameters = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
     direction = torch.randn(len(parameters), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    values = []
-    for sign in (1, -1):
-        torch.nn.utils.vector_to_parameters(parameters + sign * 1e-5 * direction, model.parameters())
-        values.append(expected_reward())
-    assert (values[0] - values[1]) / 2e-5 == pytest.approx((slope @ direction).item(), rel=1e-6)
+    values = [expected_reward(parameters + sign * 1e-5 * direction) for sign in (1, -1)]
+    assert (values[0] - values[1]) / 2e-5 == pytest.approx((x.gradient @ direction).item(), rel=1e-6)
 
 
 def test_justgrpo_is_reinforce_on_the_chain_of_prefixes():
     """Left to right with k = m = n, against autoregressive log-probabilities written out: prefix, then [MASK]s."""
-    model, config = exact.micro_model(0), exact.micro_config(unmasking="left_to_right", mc_samples=4)
-    prompts = exact.PROMPT.repeat(6, 1)
-    run = agrpo.rollout(model, prompts, torch.ones_like(prompts).bool(), config, torch.Generator().manual_seed(0))
+    x = oracle.problem(0, **LEFT_TO_RIGHT)
+    ids = torch.tensor(oracle.QUESTION).repeat(6, 1)
+    run = agrpo.rollout(x.model, ids, ids > -1, x.config, torch.Generator().manual_seed(1))
     A = torch.randn(6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    agrpo.accumulate_gradient(model, run, A, config, torch.Generator(), micro_batch=24)  # nothing is drawn
-    ours, log_p = exact.flat_gradient(model), 0
-    for u in range(4):
-        o = run.completion_ids
-        ids = torch.cat([prompts, o[:, :u], torch.full((6, 4 - u), exact.MASK)], 1)
-        log_p = log_p + model(ids)[:, 3 + u, : exact.MASK].log_softmax(-1).gather(1, o[:, u : u + 1]).squeeze(1)
-    reinforce = exact.flat_gradient(model, -(A * log_p).mean() / 4)  # 1/m: a constant
-    assert torch.allclose(ours, reinforce, atol=1e-14, rtol=1e-10)
+    weights = agrpo.sample_timesteps(run, replace(x.config, mc_samples=4), torch.Generator())  # nothing is drawn
+    moved = SimpleNamespace(run=run, model=x.model, config=x.config)
+    ours, log_p = oracle.Problem.follow(moved, A, weights), 0
+    for place in range(3, 7):
+        states = run.ids.where(torch.arange(7) < place, oracle.MASK)
+        logp = x.model(states)[:, place, : oracle.MASK].log_softmax(-1).gather(1, run.ids[:, place, None]).squeeze(1)
+        log_p = log_p + logp.where(run.unmask_step[:, place] < 4, 0)  # after <eos> nothing is written
+    (A * log_p).mean().backward()
+    assert torch.allclose(ours, oracle.flat_gradient(x.model), atol=1e-14, rtol=1e-10)
+
+
+TOP = {"top_k": 2, "temperature": 0.7}
 
 
 @pytest.mark.parametrize(
-    "options",
+    "policy",
     [
         {},
-        {"block_length": 2},
-        {"top_k": 2, "temperature": 0.7},
+        exact.BLOCKS | {"sampling_steps": 4},
+        TOP,
         {"top_k": 3, "top_p": 0.8},
         {"sampling_steps": 3},
         {"unmasking": "low_confidence"},
-        {"unmasking": "low_confidence", "block_length": 2, "sampling_steps": 4, "temperature": 0.7},
+        CONFIDENT_BLOCKS | {"sampling_steps": 4},
+        exact.INFILLING,
+        exact.PADDED | exact.BLOCKS | {"sampling_steps": 4},
     ],
 )
-def test_rollouts_have_the_enumerated_probabilities(options):
+def test_rollouts_have_the_enumerated_probabilities(policy):
     """The enumeration is about the very distribution that rollout() samples from: a chi-square test."""
-    model, config = exact.micro_model(3), exact.micro_config(**{"sampling_steps": 2} | options)
-    everything, p, order_p = exact.enumerate_rollouts(model, config)
-    samples = 20_000
-    prompts = exact.PROMPT.repeat(samples, 1)
-    run = agrpo.rollout(model, prompts, torch.ones_like(prompts).bool(), config, torch.Generator().manual_seed(0))
-    index = {str(key): i for i, key in enumerate(trajectory(everything))}
-    seen = [index[str(key)] for key in trajectory(run)]
-    count = torch.bincount(torch.tensor(seen), minlength=len(p))
-    often = samples * p > 5  # where the chi-square approximation holds; the rest is one bin more
-    count = torch.cat([count[often], count[~often].sum()[None]]).double()
-    expected = samples * torch.cat([p[often], p[~often].sum()[None]])
+    x, samples = oracle.problem(3, **{"sampling_steps": 2} | policy), 20_000
+    ids = torch.tensor(policy.get("ids", oracle.QUESTION)).repeat(samples, 1)
+    rollout = variants.ROLLOUTS[policy.get("unmasking", "random")]
+    mask = x.run.attention_mask[:1].expand(samples, -1)
+    run = rollout(x.model, ids, mask, x.config, torch.Generator().manual_seed(0))
+    index = {str(key): i for i, key in enumerate(trajectories(x.run))}
+    seen = torch.tensor([index[str(key)] for key in trajectories(run)])
+    count, often = torch.bincount(seen, minlength=len(x.p)), samples * x.p > 5
+    count = torch.cat([count[often], count[~often].sum()[None]]).double()  # where chi-square holds; the rest is one bin
+    expected = samples * torch.cat([x.p[often], x.p[~often].sum()[None]])
     count, expected = count[expected > 0], expected[expected > 0]
     chi_square, freedom = ((count - expected) ** 2 / expected).sum().item(), len(count) - 1
     assert abs(chi_square - freedom) < 4 * (2 * freedom) ** 0.5
-    matching = everything[torch.tensor(seen)]
-    assert torch.allclose(run.logprobs, matching.logprobs, atol=1e-12)
-    assert torch.allclose(run.entropies, matching.entropies, atol=1e-12)
-    if run.drawn_ids is not None:
-        assert torch.allclose(run.drawn_entropy, matching.drawn_entropy, atol=1e-12)
-    oracle = exact.trajectory_logp(model, everything, config).exp() * order_p
-    assert torch.allclose(oracle, p, atol=1e-14)
+    for name in ("logprobs", "entropies", "drawn_entropy"):
+        if hasattr(run, name):
+            assert torch.allclose(getattr(run, name), getattr(x.run[seen], name), atol=1e-12)
+    oracles = oracle.trajectory_logp(x.model, x.run, x.config).exp() * x.order_p
+    assert torch.allclose(oracles, x.p, atol=1e-14)
 
 
-def trajectory(run):
+def trajectories(run):
     """All that was drawn, one list per row."""
-    parts = [run.completion_ids, run.unmask_step]
-    return torch.cat(parts if run.drawn_ids is None else [*parts, run.drawn_ids.flatten(1)], 1).tolist()
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"block_length": 2}, {"unmasking": "low_confidence", "block_length": 2}, {"top_k": 2}]
-)
-def test_greedy_ids_are_the_likeliest_completion_of_every_state(options):
-    """Against an argmax over the words that are not [MASK], at what a full forward pass says of the state at t."""
-    model, config = (
-        exact.micro_model(0, sharpness=2),
-        exact.micro_config(step_baseline="ramp", num_generations=3, **options),
-    )
-    prompts = exact.PROMPT.repeat(40, 1)
-    run = agrpo.rollout(model, prompts, prompts > -1, config, torch.Generator().manual_seed(0), micro_batch=7)
-    assert config.blocks == 1 or run.steps_taken.min() < run.steps_taken.max()  # some stop early
-    for t in range(4):
-        going, hidden = run.steps_taken > t, run.unmask_step >= t
-        words = model(torch.cat([prompts, run.completion_ids.masked_fill(hidden, exact.MASK)], 1))[:, 3:, : exact.MASK]
-        expected = words.argmax(-1).where(hidden, run.completion_ids)
-        assert run.greedy_ids[going, t].equal(expected[going])
-        assert (run.greedy_ids[~going, t] == exact.EOS).all()
+    parts = [run.ids, run.unmask_step]
+    return torch.cat([*parts, run.drawn_ids.flatten(1)] if hasattr(run, "drawn_ids") else parts, 1).tolist()
 
 
 def test_low_confidence_keeps_the_likeliest_of_what_it_drew():
-    config = exact.micro_config(**exact.CONFIDENT | exact.BLOCKS | {"sampling_steps": 4})
-    run, _, _ = exact.enumerate_rollouts(exact.micro_model(0), config)
+    run = oracle.problem(0, **exact.CONFIDENT | exact.BLOCKS | {"sampling_steps": 4}).run
     for t in range(4):
-        chosen, tokens, logp = run.action_at(torch.full_like(run.steps_taken, t))
+        drawn, tokens, logprobs = run.action_at(torch.full_like(run.steps_taken, t))
         kept = run.unmask_step == t
-        assert (tokens == run.completion_ids)[kept].all()
-        assert (kept <= chosen).all() and (kept.sum(1) == (run.steps_taken > t)).all()
-        confident = logp.masked_fill(~chosen, -torch.inf)
-        assert (confident.amax(1) == confident.where(kept, -torch.inf).amax(1)).all()
+        assert (tokens[kept[drawn]] == run.ids[kept]).all()
+        assert (kept <= drawn).all() and (kept.sum(1) == (run.steps_taken > t)).all()
+        confidence = torch.full(drawn.shape, -torch.inf, dtype=torch.float64).masked_scatter(drawn, logprobs)
+        assert (confidence.amax(1) == confidence.where(kept, -torch.inf).amax(1)).all()
+
+
+# ---- Expectations and variances ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", variants.ALGORITHMS)
+@pytest.mark.parametrize("sharpness", [1.0, 4.0])
+def test_every_group_by_itself_says_what_facts_and_own_draws_say(name, sharpness):
+    """E[A w] = E[A] E[w] is not assumed where every group is called, and every outcome of its draws taken."""
+    x, estimate = oracle.problem(0, sharpness, **TWO_TOKENS), variants.ALGORITHMS[name]
+    config = replace(x.config, num_generations=3, mc_samples=1, importance_sampling="entropy")
+    table = oracle.expected_table(x, estimate, config)
+    A = exact.expected_advantages(x, estimate, config)
+    if name == "agrpo-sa":
+        expected = A / 2 * variants.executed_steps(x.run)  # its draws depend on A: given the batch, E[A w] = A / m
+    else:
+        expected = A * sum(chance[:, None] * w for chance, w in exact.own_draws(x, estimate, config, None))
+    assert torch.allclose(table, x.p[:, None] * expected, atol=1e-14)
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 4.0])
+def test_given_a_finished_batch_shared_draws_are_unbiased(sharpness):
+    """All trajectories in one batch: E[w] = 1/m wherever there is an advantage."""
+    x = oracle.problem(0, sharpness, **exact.SHORT | exact.BLOCKS | {"sampling_steps": 4})
+    A = x.rewards[:, None] * x.step_rewards  # some are 0
+    for k in (1, 2, 3):
+        config = replace(x.config, mc_samples=k)
+        found = oracle.outcomes(lambda c=config: (A, variants.shared_weights(x.run, A, c, None)))
+        mean = sum(chance[:, None] * w for chance, _, w in found)
+        needed = (A != 0) & variants.executed_steps(x.run)
+        assert torch.allclose(mean, needed / torch.tensor(x.run.sampling_steps).double(), atol=1e-12)
+        taken = [(w > 0).sum() for _, _, w in found]
+        assert max(taken) - min(taken) <= 1  # k on average per completion that has an advantage, and never more
+
+
+@pytest.mark.parametrize("importance_sampling", ["uniform", "entropy"])
+@pytest.mark.parametrize("low_discrepancy", [True, False])
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("policy", [exact.BLOCKS, exact.SHORT | LEFT_TO_RIGHT, exact.PADDED | exact.BLOCKS])
+def test_the_weights_undo_the_sampling(importance_sampling, low_discrepancy, k, policy):
+    """E[sum_t w_t f(t)] = (1/m) sum_{t < T} f(t) for every f, every trajectory, also after an early stop."""
+    x = oracle.problem(1, 4.0, **policy)
+    options = {"importance_sampling": importance_sampling, "low_discrepancy": low_discrepancy, "mc_samples": k}
+    config, m = replace(x.config, **options), x.run.sampling_steps
+    weights = agrpo.sample_timesteps(x.run, config, torch.Generator())
+    expected = variants.executed_steps(x.run).double() / m
+    done = k >= x.run.steps_taken
+    assert torch.equal(weights[done], expected[done]) and (x.run.steps_taken < m).any()  # nothing is random there
+    if k < 4:
+        draws = exact.own_draws(x, agrpo.estimate, config, None)
+        assert torch.allclose(sum(chance[:, None] * w for chance, w in draws), expected, atol=1e-12)
 
 
 def test_one_call_is_one_draw_of_the_moments():
     """E[g] and E||g||^2 from scores, against one backward pass of accumulate_gradient per trajectory and draw."""
-    config = exact.micro_config(**exact.THREE, unmasking="left_to_right", **exact.ENTROPY)
-    x = exact.problem(0, 4.0, unmasking="left_to_right", **exact.THREE)
-    A, first, second = x.rewards - x.p @ x.rewards, 0, 0
-    for outcome, steps, weights in exact.timestep_draws(x.run, config):
+    x = oracle.problem(0, 4.0, **exact.SHORT | LEFT_TO_RIGHT)
+    config = replace(x.config, **exact.ENTROPY)
+    A, first, second = (x.rewards - x.p @ x.rewards)[:, None].expand(-1, 3), 0, 0
+    draws = exact.own_draws(x, agrpo.estimate, config, None)
+    for chance, weights in draws:
         for i in range(len(x.p)):
-            with exact.replaced("sample_timesteps", lambda *_, i=i: (steps[i : i + 1], weights[i : i + 1])):  # noqa: B023
-                agrpo.accumulate_gradient(x.model, x.run[i : i + 1], A[i : i + 1], config, None, 8)
-            g = -3 * exact.flat_gradient(x.model)
-            first, second = first + x.p[i] * outcome[i] * g, second + x.p[i] * outcome[i] * (g @ g)
-    mean, square = exact.moments(x.run, x.p, x.scores, A, config)
+            g = x.follow(A[i : i + 1], weights[i : i + 1], slice(i, i + 1))
+            first, second = first + x.p[i] * chance[i] * g, second + x.p[i] * chance[i] * (g @ g)
+    assert exact.mean_square(x, A, draws).item() == pytest.approx(second.item(), rel=1e-10)
+    mean = x.expected(x.p[:, None] * A * sum(chance[:, None] * w for chance, w in draws))
     assert torch.allclose(mean, first, rtol=1e-10, atol=1e-12)
-    assert square.item() == pytest.approx(second.item(), rel=1e-10)
 
 
-@pytest.mark.parametrize(
-    "options, draws",
-    [
-        (exact.ENTROPY, exact.timestep_draws),
-        (exact.ENTROPY, exact.unweighted_draws),
-        (exact.TOP, exact.timestep_draws),
-        ({"temperature": 0.7, "top_k": 2}, exact.timestep_draws),
-        (exact.BLOCKS | {"low_discrepancy": False}, exact.timestep_draws),
-        (exact.CONFIDENT | {"mc_samples": 1}, exact.timestep_draws),
-    ],
-)
-def test_the_mean_from_scores_is_the_mean_of_accumulate_gradient(options, draws):
-    x = exact.problem(0, **{k: v for k, v in options.items() if k in exact.POLICY})
-    config, A = replace(x.config, **options), exact.leave_one_out(x)
-    mean, _ = exact.moments(x.run, x.p, x.scores, A, config, draws)
-    accumulated = exact.agrpo_estimator(x.model, x.run, x.p, A, config, draws=draws)
-    assert (mean - accumulated).norm() < 1e-10 * x.gradient.norm()
+@pytest.mark.parametrize("policy", [{}, TOP, exact.BLOCKS, exact.CONFIDENT, exact.INFILLING])
+def test_the_mean_from_scores_is_the_mean_of_accumulate_gradient(policy):
+    x = oracle.problem(0, **policy)
+    table = x.p[:, None] * torch.randn(x.step_rewards.shape, generator=torch.Generator().manual_seed(0)).double()
+    S, index = exact.scores(x.model, x.run, x.config)
+    mean = x.run.sampling_steps * torch.einsum("nm,nmd->d", table * variants.executed_steps(x.run), S[index])
+    assert (mean - x.expected(table)).norm() < 1e-10 * mean.norm()
 
 
-def test_the_contrasts_draw_what_was_enumerated():
-    """diffu_grpo and elbo as a training loop calls them. l and the order of three uniforms: 18 equally likely masks."""
-    x = exact.problem(0, **exact.THREE)
-    A = exact.leave_one_out(x)
-    as_mean = A * x.p * len(x.p)  # accumulate's mean over rows becomes the expectation over trajectories
-    u = torch.tensor(
-        [[(size + 0.5) / 3, *order] for size in range(3) for order in itertools.permutations((0.1, 0.2, 0.3))]
-    )
-    with exact.replaced("uniforms", lambda shape, generator: u.repeat(len(A), 1)):
-        for method, expected, k in ((contrasts.diffu_grpo, exact.diffu_grpo, 1), (contrasts.elbo, exact.elbo, 18)):
-            stats = method(x.model, x.run, as_mean, replace(x.config, mc_samples=k), None, micro_batch=1000)
-            ours = -3 * exact.flat_gradient(x.model)
-            assert torch.allclose(ours, expected(x.model, x.run, x.p, A, x.config), rtol=1e-10, atol=1e-14)
-            assert stats["evaluations"] == k * (A != 0).sum()
+def test_a_mean_per_slot_does_no_harm_where_there_is_one_slot():
+    x = oracle.problem(0, **exact.BLOCKS)
+    assert exact.by_slot(x, exact.ENTROPY | exact.ONE)["bias"] < 1e-10
+
+
+def test_the_stepwise_advantage_is_r_minus_c_r_t_minus_its_expectation():
+    """The c that was asked for: rescaled by G / (G - 1) and averaged over the fellows, nothing else is left."""
+    x = oracle.problem(0, **exact.BLOCKS)
+    executed = variants.executed_steps(x.run)
+    r = x.step_rewards.where(executed, x.rewards[:, None])  # (N, m): after the last step the reward is known
+    expected = x.p @ (x.rewards[:, None] - 0.5 * r)  # (m,)
+    A = 1.5 * exact.expected_advantages(x, exact.stepwise, replace(x.config, num_generations=3))
+    assert torch.allclose(A[executed], (exact.returns(x) - expected)[executed], atol=1e-12)
+
+
+def test_the_gate_moves_the_advantage():
+    """Otherwise the gated rows would say nothing new."""
+    x = oracle.problem(0, **exact.BLOCKS)
+    config = replace(x.config, num_generations=3)
+    gated, free = (exact.expected_advantages(x, partial(exact.stepwise, gate=gate), config) for gate in (True, False))
+    assert (gated - free).abs().max() > 0.03
+
+
+# ---- The contrasts -----------------------------------------------------------------------------
+
+
+def test_the_contrasts_draw_what_was_enumerated(monkeypatch):
+    """As a training loop calls them. l and the order of three uniforms: 18 equally likely masks."""
+    x = oracle.problem(0, **exact.SHORT)
+    A = x.rewards - x.p @ x.rewards
+    u = [[(size + 0.5) / 3, *order] for size in range(3) for order in itertools.permutations((0.1, 0.2, 0.3))]
+    tables = {"advantages": A * x.p * len(A), "weights": torch.full_like(x.step_rewards, 1 / 3), "micro_batch": 1000}
+    for method, masks, k in ((contrasts.diffu_grpo, torch.ones(1, 3) > 0, 1), (exact.ELBO, exact.all_masks(3), 18)):
+        with monkeypatch.context() as patched:
+            patched.setattr(agrpo, "uniforms", lambda shape, generator: torch.tensor(u).repeat(len(A), 1))
+            stats = method(x.model, x.run, **tables, config=replace(x.config, mc_samples=k))
+        mean = -3 * oracle.flat_gradient(x.model)
+        assert exact.likelihood(x, method, masks)["bias"] == pytest.approx(oracle.compare(mean, x.gradient)["bias"])
+        assert stats["evaluations"] == k * (A != 0).sum() and stats["ratio_error"] == 0
 
 
 def test_masks_of_the_elbo_have_a_uniform_size_and_uniform_places():
@@ -270,109 +349,131 @@ def test_masks_of_the_elbo_have_a_uniform_size_and_uniform_places():
 
 
 def test_diffu_grpo_is_exact_where_there_is_one_step():
-    assert exact.measure(0, {"sampling_steps": 1, "mc_samples": 1}, estimator=exact.diffu_grpo)["bias"] < 1e-10
+    x = oracle.problem(0, sampling_steps=1)
+    assert exact.likelihood(x, contrasts.diffu_grpo, torch.ones(1, 4) > 0)["bias"] < 1e-10
 
 
 def test_the_contrasts_refuse_what_they_do_not_have():
-    x = exact.problem(0, **exact.THREE)
-    for options in ({"temperature": 0.0}, {"beta": 0.1}, {"entropy_bonus": 0.1}):
+    x = oracle.problem(0, **exact.SHORT)
+    tables = {"advantages": x.rewards, "weights": x.step_rewards, "micro_batch": 8}
+    for options in ({"temperature": 0.0}, {"top_k": 2}, {"top_p": 0.5}):
         with pytest.raises(ValueError, match="temperature|contrasts"):
-            contrasts.diffu_grpo(x.model, x.run, x.rewards, replace(x.config, **options), None, 8)
+            contrasts.diffu_grpo(x.model, x.run, **tables, config=replace(x.config, **options))
+    with pytest.raises(ValueError, match="no KL"):
+        contrasts.diffu_grpo(x.model, x.run, **tables, config=x.config, penalty=lambda *_: 0)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"low_discrepancy": False},
-        {"importance_sampling": "entropy"},
-        {"importance_sampling": "entropy", "low_discrepancy": False},
-    ],
-)
-@pytest.mark.parametrize("k", [1, 2, 3, 4, 7])
-def test_the_weights_undo_the_sampling(options, k):
-    """E[sum_j w_j f(t_j)] = (1/m) sum_{t < T} f(t) for every f, every trajectory, also after an early stop."""
-    config = exact.micro_config(block_length=2, mc_samples=k, **options)
-    run, _, _ = exact.enumerate_rollouts(exact.micro_model(1, sharpness=4), config)
-    expected = torch.zeros(len(run.steps_taken), 4, dtype=torch.float64)
-    if k > 3 and not config.low_discrepancy:
-        draws = [(torch.ones(len(expected)), *agrpo.sample_timesteps(run, config, torch.Generator()))]  # nothing random
-    else:
-        draws = exact.timestep_draws(run, config)
-    for probability, steps, weights in draws:
-        expected.scatter_add_(1, steps, probability[:, None] * weights)
-    executed = torch.arange(4) < run.steps_taken[:, None]
-    assert torch.allclose(expected, executed.double() / 4, atol=1e-12)
+def test_the_elbos_variance_is_that_of_pairs_of_masks():
+    """k = 2: every pair of masks is tried, each mask with a backward pass of its own."""
+    x = oracle.problem(0, **exact.SHORT)
+    masks = list(itertools.product((False, True), repeat=3))[1:]
+    sizes = [sum(mask) for mask in masks]
+    chances = torch.tensor([1 / 3 / sizes.count(size) for size in sizes], dtype=torch.float64)
+    A, square = 2 * exact.expected_advantages(x, agrpo.estimate, x.config)[:, 0], 0
+    ends, index = x.run.ids.unique(dim=0, return_inverse=True)
+    for i in range(len(ends)):
+        rows = (index == i).nonzero()[:1, 0]
+        each = []
+        for mask in torch.tensor(masks):
+            factor, masked = A[rows] * 3 / mask.sum(), torch.cat([torch.zeros(1, 3).bool(), mask[None]], 1)
+            contrasts.likelihood_gradient(x.model, x.run[rows], masked, factor, x.config, 8, None)
+            each.append(-oracle.flat_gradient(x.model))
+        pairs = (torch.stack(each)[:, None] + torch.stack(each)).square().sum(2) / 4  # (M, M)
+        square = square + x.p[index == i].sum() * (chances @ pairs @ chances)
+    row = exact.likelihood(x, exact.ELBO, exact.all_masks(3))
+    mean = (row["scale"] * x.gradient.norm()) ** 2
+    assert row["variance"] == pytest.approx(((square - mean) / (x.gradient @ x.gradient)).item(), rel=1e-9)
 
 
-def test_the_chances_of_an_allocation_are_at_most_1_and_sum_to_the_budget():
+# ---- The draws, as pure functions --------------------------------------------------------------
+
+
+def test_the_chances_of_shared_draws_are_at_most_1_and_sum_to_the_budget():
     q = torch.tensor([[100.0, 3.0, 0.0], [1.0, 1e-9, 50.0]], dtype=torch.float64)
     for total in (0, 1, 3, 4, 5, 6):  # five steps are eligible
-        p = agrpo.inclusion_probabilities(q, total)
+        p = variants.inclusion_probabilities(q, total)
         assert p.max() <= 1 and p.sum().item() == pytest.approx(min(total, 5))
         assert total == 0 or (p > 0).equal(q > 0)
+
+
+def test_the_comb_of_the_docstring():
+    p = torch.tensor([0.6, 0.2, 0.9, 0.3], dtype=torch.float64)
+    assert variants.systematic_draw(p, torch.tensor(0.7)).tolist() == [1, 0, 1, 0]
+    assert variants.systematic_draw(p.view(2, 2), torch.tensor(0.1)).tolist() == [[0, 0], [1, 1]]
 
 
 def test_a_rare_step_can_be_drawn_and_the_largest_uniform_stays_inside():
     q = torch.tensor([[1.0, 1e-9, 1.0, 0.0]], dtype=torch.float64)
     u = torch.tensor([[0.5, 0.5 + 3e-10, 1.0]], dtype=torch.float64)
-    assert agrpo.steps_from_uniforms(q, u).tolist() == [[1, 2, 2]]
+    assert agrpo.inverse_cdf(q, u).tolist() == [[1, 2, 2]]
+    weights = agrpo.timestep_weights(q / q.sum(), u[:, 1:2] - 2e-10)
+    assert weights.nonzero().tolist() == [[0, 1]] and weights.max().item() == pytest.approx((2 + 1e-9) / 1e-9 / 4)
 
 
-def test_training_without_a_likelihood_is_refused():
-    """Low confidence needs all that was drawn, and no truncation; temperature 0 has no gradient."""
-    model, confident = exact.micro_model(0), {"unmasking": "low_confidence"}
-    run, _, _ = exact.enumerate_rollouts(model, exact.micro_config())
-    drawn, _, _ = exact.enumerate_rollouts(model, exact.micro_config(**exact.CONFIDENT))
-    for rollout, options, word in (
-        (run, confident, "drawn_ids"),
-        (drawn, confident | {"top_k": 2}, "top_k"),
-        (run, {"temperature": 0.0}, "gradient"),
-        (drawn, confident | {"temperature": 0.0}, "gradient"),
-    ):
-        with pytest.raises(ValueError, match=word):
-            advantages = torch.ones(len(rollout.steps_taken))
-            agrpo.accumulate_gradient(model, rollout, advantages, exact.micro_config(**options), None, 8)
+# ---- The commands ------------------------------------------------------------------------------
 
 
-OTHERS = {
-    "slot by slot": (exact.STEP, exact.returns, exact.slot_by_slot, exact.slot_moments),
-    "kept tokens": (exact.CONFIDENT, exact.leave_one_out, exact.kept_tokens_alone, exact.kept_moments),
-    "diffu-GRPO": ({}, exact.leave_one_out, exact.diffu_grpo, partial(exact.likelihood_moments, exact.one_mask)),
-    "ELBO": ({}, exact.leave_one_out, exact.elbo, partial(exact.likelihood_moments, exact.random_masks)),
-}
+@pytest.fixture
+def few_calls(monkeypatch):
+    monkeypatch.setattr(oracle, "sample", partial(oracle.sample, calls=60))
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_the_variance_of_other_estimators_is_around_their_expectation(name):
-    """Scores of states and the estimator's own backward pass are two ways to one E[g]."""
-    options, advantage, estimator, of = OTHERS[name]
-    x = exact.problem(0, 1.0, 3, **{k: v for k, v in options.items() if k in exact.POLICY})
-    config, A = replace(x.config, **options), advantage(x)
-    mean, square = of(x, A, config)
-    assert torch.allclose(mean, estimator(x.model, x.run, x.p, A, config), rtol=1e-9, atol=1e-12)
-    assert square > mean @ mean
+@pytest.mark.parametrize("name", ["experiments/my_estimate.py:lowest_entropy", "egspo"])
+def test_the_oracle_catches_a_biased_estimator(few_calls, capsys, name):
+    assert oracle.main([name]) is None
+    printed = capsys.readouterr().out
+    assert name in printed and "biased: it points elsewhere" in printed and "cosine" in printed
 
 
-def test_a_completion_that_is_a_batch_of_its_own_gives_the_policy_gradient():
-    x = exact.problem(0, 1.0, 3, completion_length=3, sampling_steps=3)
-    config = replace(x.config, **exact.ENTROPY, allocation="batch", mc_samples=1)
-    mean, _ = exact.allocated_moments(x, exact.leave_one_out(x), config)
-    assert torch.allclose(mean, x.gradient, rtol=1e-9, atol=1e-12)
+@pytest.mark.parametrize("name", ["agrpo", "agrpo-sa"])
+def test_the_oracle_finds_nothing_in_an_unbiased_one(few_calls, capsys, name):
+    oracle.main([name])
+    printed = capsys.readouterr().out
+    assert "no bias beyond what these samples can see" in printed and "factor" not in printed
+    assert float(printed.split("every draw:")[1].split()[0]) < 1e-10
 
 
-def test_the_elbos_variance_is_that_of_pairs_of_masks():
-    """One completion, k = 2: every pair of masks is tried, each with a backward pass of its own."""
-    x = exact.problem(0, 1.0, 3)
-    row, A = 5, torch.ones_like(x.p)
-    x = replace(x, p=torch.eye(len(x.p), dtype=x.p.dtype)[row])
-    masks, chances, weights = exact.random_masks(4)
-    each = torch.stack(
-        [
-            exact.likelihood_estimator(x.model, x.run, x.p, A, x.config, mask[None], weight[None])
-            for mask, weight in zip(masks, weights)
-        ]
-    )
-    pairs = ((each[:, None] + each) / 2).square().sum(2)  # (M, M)
-    _, square = exact.likelihood_moments(exact.random_masks, x, A, replace(x.config, mc_samples=2))
-    assert square.item() == pytest.approx((chances @ pairs @ chances).item(), rel=1e-9)
+OWN = """
+import agrpo
+
+def doubled(run, rewards, config, generator, step_rewards=None):
+    advantages, weights = agrpo.estimate(run, rewards, config, generator)
+    return 2 * advantages, weights
+
+def downhill(run, rewards, config, generator, step_rewards=None):
+    advantages, weights = agrpo.estimate(run, rewards, config, generator)
+    return -advantages, weights
+
+def one_number(run, rewards, config, generator, step_rewards=None):
+    return agrpo.group_advantages(rewards, config.num_generations), agrpo.sample_timesteps(run, config, generator)
+"""
+
+
+def test_a_factor_is_no_bias_and_a_sign_is(few_calls, capsys, tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    oracle.main([f"{tmp_path / 'own.py'}:doubled"])
+    assert "up to a factor" in capsys.readouterr().out
+    oracle.main([f"{tmp_path / 'own.py'}:downhill"])
+    assert "biased: it points elsewhere" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["nonsense", "missing.py:f", "experiments/my_estimate.py:absent", "OWN:one_number"])
+def test_a_broken_file_or_name_is_one_line(capsys, tmp_path, name):
+    (tmp_path / "own.py").write_text(OWN)
+    assert oracle.main([name.replace("OWN", str(tmp_path / "own.py"))]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and len(printed.err.splitlines()) == 1
+
+
+def test_the_table_writes_its_numbers_and_its_picture(tmp_path, monkeypatch, capsys):
+    name = "one pass, all masked (diffu-GRPO)"
+    monkeypatch.setattr(exact, "EXACT", {"uniform": exact.EXACT["uniform"]})
+    monkeypatch.setattr(exact, "BIASED", {name: exact.BIASED[name]})
+    runner.main(exact.table, exact.__doc__, ["--quick", "--out", str(tmp_path)])
+    written = json.loads((tmp_path / "estimators-exact.json").read_text())
+    assert written["command"] == "python experiments/exact.py" and list(written["tables"]) == ["diffuse", "sharp"]
+    row = written["tables"]["sharp"]["uniform"]
+    keys = ["bias", "beyond_scale", "cosine", "scale", "variance", "largest_weight", "exact"]
+    assert list(row) == keys and row["bias"] < 1e-10 and row["largest_weight"] == 2 and row["exact"]
+    assert written["tables"]["sharp"][name]["largest_weight"] is None
+    assert (tmp_path / "estimators-exact.png").stat().st_size > 5_000 and "beyond scale" in capsys.readouterr().out

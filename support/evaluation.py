@@ -1,0 +1,201 @@
+"""Measuring: questions become sequences, answers become verdicts, and a model becomes a table.
+
+Setup is what nearly every function here and in train.py needs: a model, its tokenizer, a task, and all settings.
+"""
+
+import itertools
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import agrpo
+import tasks
+import variants
+from agrpo import AGRPOConfig, require
+from support import pictures, runs, settings, weights, words
+from support.settings import RunConfig
+
+
+@dataclass
+class Setup:
+    """Who is trained or measured, on what, and how."""
+
+    run: RunConfig
+    config: AGRPOConfig
+    task: tasks.Task
+    model: Any
+    tokenizer: Any
+    estimate: Callable = agrpo.estimate  # advantages and weights
+    accumulate: Callable = agrpo.accumulate_gradient
+    penalty: Callable | None = None  # KL or entropy bonus
+
+
+def device_of(run):
+    """Where the model lives: a GPU if there is one, but tiny models are faster, and exactly repeatable, on a CPU."""
+    cuda = run.model != "tiny" and torch.cuda.is_available()
+    return runs.start_processes("cuda" if cuda else "cpu")
+
+
+def task_of(run):
+    """The task as the tiny model or, in words and with larger numbers, an instruction-tuned model is asked it."""
+    return (tasks.TASKS if run.model == "tiny" else words.TASKS)[run.task]
+
+
+def load_model(name, run):
+    """(model, tokenizer) of a folder or hub id, on this process's device."""
+    device, revision = device_of(run), run.revision or None
+    # Updates of 5e-6 vanish in bfloat16: weights that are trained themselves are float32, as adapters are.
+    frozen = run.lora_rank > 0 or run.evaluate
+    dtype = torch.bfloat16 if device.type == "cuda" and frozen else torch.float32
+    tokenizer = weights.load_tokenizer(name, revision)
+    model = weights.load(name, dtype, device, revision)
+    weights.unwrapped(model).gradient_checkpointing = run.gradient_checkpointing
+    return model, tokenizer
+
+
+# ------------------------------------------------------------------------------------- text and sequences
+def encode(setup, examples, length=None, template=None):
+    """Questions, and [MASK] for their answers: ids (B, L) long, attention_mask (B, L) bool, answer (B, L) bool.
+
+    length: tokens of an answer, completion_length by default. template "[2]+[2]-[2]": instead of that an answer of
+    which the text is given, and [k] are k tokens to write. Padded on the left. Raises ValueError if a question
+    contains [MASK]."""
+    chats = [setup.task.messages(example) for example in examples]
+    batch = setup.tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    )
+    given, mask_token_id = batch["input_ids"], setup.model.mask_token_id
+    require(not (given == mask_token_id).any(), "a question contains the mask token: the model would overwrite it")
+    written = [mask_token_id] * (length or setup.run.completion_length)
+    if template is not None:
+        written = []
+        for i, piece in enumerate(re.split(settings.BLANK, template)):  # text, k, text, k, ..., text
+            tokens = [] if i % 2 else setup.tokenizer(piece, add_special_tokens=False)["input_ids"]
+            require(setup.tokenizer.unk_token_id not in tokens, f"--template: the model has no token for {piece!r}")
+            written += [mask_token_id] * int(piece) if i % 2 else tokens
+    written = torch.tensor(written).expand(len(given), -1)  # (B, n, given text of a template included)
+    ids = torch.cat([given, written], 1)
+    attention_mask = torch.cat([batch["attention_mask"].bool(), torch.ones_like(written, dtype=torch.bool)], 1)
+    answer = (torch.arange(ids.shape[1]) >= given.shape[1]).expand(ids.shape)
+    device = next(setup.model.parameters()).device
+    return ids.to(device), attention_mask.to(device), answer.to(device)
+
+
+def decode(setup, ids, answer):
+    """Answers (B, L) of ids (B, L) as text. <eos> is dropped wherever it stands, as LLaDA's own code does."""
+    return setup.tokenizer.batch_decode(ids[answer].view(len(ids), -1), skip_special_tokens=True)
+
+
+def rows_per_pass(setup, ids):
+    """How many sequences like ids (B, L) make up tokens_per_pass; at least one."""
+    return max(1, setup.run.tokens_per_pass // ids.shape[1])
+
+
+# ------------------------------------------------------------------------------------------- measuring
+def policy(setup, kind, steps=None):
+    """(config, rollout function) of what is measured: "sampled" as trained, or "greedy", as a model is served: in every
+    step the likeliest tokens of all, no randomness."""
+    run, config = setup.run, replace(setup.config, sampling_steps=steps or setup.config.sampling_steps)
+    config = replace(config, block_length=run.eval_block or config.block_length)
+    if kind == "greedy":
+        return replace(config, temperature=0.0, top_k=None, top_p=1.0), variants.rollout_kept
+    return config, agrpo.rollout if run.unmasking == "random" else variants.rollout_kept
+
+
+def grade(setup, examples, kind, steps=None, description=""):
+    """Answer every example once and judge each answer against its own example; processes share the work.
+
+    Returns dicts in the order of the examples: prompt, completion, correct, length (tokens other than <eos>), seconds.
+    """
+    (config, rollout), (_, generator) = policy(setup, kind, steps), runs.streams(setup.run.seed, "evaluation")
+    mine = range(runs.rank(), len(examples), runs.processes())  # may be empty; only gather is then left to do
+    ids, mask, answer = encode(setup, [examples[i] for i in mine or [0]], settings.length(setup.run))
+    records = {}
+    # A bar where it takes more than two seconds.
+    with tqdm(total=len(mine), desc=description, leave=False, delay=2, disable=runs.rank() > 0) as bar:
+        for rows in torch.arange(len(mine)).split(rows_per_pass(setup, ids)) if mine else ():
+            started, kept = time.perf_counter(), mask[rows].any(0)  # no column of padding alone
+            run = rollout(setup.model, ids[rows][:, kept], mask[rows][:, kept], config, generator)
+            texts = decode(setup, run.ids, answer[rows][:, kept])
+            lengths = ((run.ids != run.eos_token_id) & answer[rows][:, kept]).sum(1).tolist()
+            seconds = (time.perf_counter() - started) / len(rows)
+            for i, text, length in zip(rows.tolist(), texts, lengths):
+                example = examples[mine[i]]
+                verdict = {"correct": setup.task.is_correct(text, example), "length": length, "seconds": seconds}
+                records[mine[i]] = {"prompt": setup.task.question(example), "completion": text} | verdict
+            bar.update(len(rows))
+    merged = {i: record for part in runs.gather(records) for i, record in part.items()}
+    return [merged[i] for i in range(len(examples))]
+
+
+def mean(records, name):
+    return sum(record[name] for record in records) / len(records)
+
+
+def accuracies(setup, examples, steps=None, description=""):
+    """Share of correct answers {"sampled": under the policy that is trained, "greedy": as it is served}."""
+    kinds = setup.run.eval_policies
+    return {kind: mean(grade(setup, examples, kind, steps, description), "correct") for kind in kinds}
+
+
+def by_sampling_steps(setup, examples):
+    """{steps: accuracies} for the steps trained with and every entry of --eval-steps."""
+    steps = sorted({*setup.run.eval_steps, setup.config.sampling_steps})
+    return {str(m): accuracies(setup, examples, m, f"testing, {m} steps") for m in steps}
+
+
+# ------------------------------------------------------------------------------------------- programs
+def evaluate(run, config):
+    """Measure a finished run or a model, a line per number of sampling steps; or answer one typed question."""
+    device_of(run)
+    folder, task = Path(run.evaluate), task_of(run)
+    a_run = runs.read_settings(folder)
+    finished = not a_run or (folder / "summary.json").exists()
+    require(finished, f"{folder} holds no finished run: {runs.command(1)} --resume {folder}")
+    task.prepare()
+    model = str(folder / "model") if a_run else settings.HUB_IDS.get(run.evaluate, run.evaluate)
+    setup = Setup(run, config, task, *load_model(model, run))
+    if run.prompt is not None:
+        return answer_one(setup, task.parse_question(run.prompt), run.template)
+    # Of the file that the run was trained on, the part that was held out.
+    own = not run.data or (a_run and a_run["run"].get("data") == run.data)
+    questions = task.load(run.eval_split, run.data) if own else task.read(run.data)
+    questions = questions[: run.eval_prompts or None]
+    if run.out or not a_run:
+        folder = runs.from_first(lambda: runs.new_folder(run.out, f"evaluation-{run.task}"))
+    label = run.task if own else f"{run.task}-{Path(run.data).stem}"
+    report = {"model": model, "task": run.task, "questions": run.data or run.eval_split, "seed": run.seed}
+    report |= runs.provenance() | {"rows": []}
+    completions = []
+    pictures.print_evaluation()
+    for steps, kind in itertools.product(run.eval_steps, run.eval_policies):
+        records = grade(setup, questions, kind, steps, f"{steps} steps, {kind}")
+        row = {"steps": steps, "policy": kind, "answers": len(records), "accuracy": mean(records, "correct")}
+        row |= {name: mean(records, name) for name in ("length", "seconds")}
+        report["rows"].append(row)
+        completions.extend({"steps": steps, "policy": kind} | record for record in records)
+        pictures.print_evaluation(row)
+        runs.from_first(lambda: runs.write_json(folder / f"evaluation-{label}.json", report))
+        runs.from_first(lambda: runs.write_lines(folder / f"completions-{label}.jsonl", completions))
+    runs.say(f"{folder / f'evaluation-{label}.json'}, every answer in completions-{label}.jsonl")
+
+
+def answer_one(setup, example, template=None):
+    """Show the greedy completion of one question appear step by step, and whether it is right."""
+    ids, mask, answer = encode(setup, [example], settings.length(setup.run), template)
+    config, rollout = policy(setup, "greedy")
+    if template is not None:  # one block: it may have any number of [MASK]
+        config = replace(config, block_length=None)
+    run = rollout(setup.model, ids, mask, config, runs.streams(setup.run.seed, "answer")[1])
+    text = decode(setup, run.ids, answer)[0]
+    runs.say(f"    question        {setup.task.question(example)}")
+    pictures.print_trajectory(run, setup.tokenizer, answer)
+    known = example.get("answer", "") is not None
+    verdict = ("correct" if setup.task.is_correct(text, example) else "wrong") if known else ""
+    runs.say(f"    answer          {text}   {verdict}")

@@ -1,0 +1,77 @@
+"""math-verify in a process of its own, killed when it thinks for too long: its parser computes what it reads,
+9^{9^{9^9}} included, and no timeout inside the process stops that. A killed judgement counts as wrong.
+
+The limit is in CPU seconds, kept by the kernel: a busy machine changes no verdict, and an orphan ends too.
+"""
+
+import json
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+
+class Judge:
+    """The process, started when it is needed and again after it was killed."""
+
+    CPU_SECONDS, WALL_SECONDS, BYTES = 2, 120, 4 * 2**30
+
+    def __init__(self):
+        self.process = None
+
+    def equivalent(self, gold, answer):
+        """Whether two LaTeX expressions (text) are the same mathematics."""
+        self.start()
+        try:
+            self.process.stdin.write(json.dumps([gold, answer]) + "\n")
+            self.process.stdin.flush()
+            verdict = self._line()
+        except BrokenPipeError:
+            verdict = ""
+        if verdict not in ("True\n", "False\n"):
+            self.close()
+        return verdict == "True\n"
+
+    def start(self):
+        """Make sure that the process runs. Raises ValueError where math-verify is missing."""
+        if self.process is not None and self.process.poll() is None:
+            return
+        command = [sys.executable, "-c", "from support.judge import judge; judge()"]
+        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        # A session of its own: Ctrl-C is meant for the run, and must not turn a right answer into a wrong one.
+        self.process = subprocess.Popen(command, cwd=Path(__file__).parents[1], start_new_session=True, **streams)
+        if self._line() != "ready\n":
+            self.close()
+            raise ValueError("this task needs math-verify: pip install math-verify")
+
+    def _line(self):
+        """The next line that the process writes, "" if it ends or is stuck."""
+        ready = select.select([self.process.stdout], [], [], self.WALL_SECONDS)[0]
+        return self.process.stdout.readline() if ready else ""
+
+    def close(self):
+        self.process.kill()
+        self.process.communicate()
+        self.process = None
+
+
+def judge():
+    """The judge's process: pairs of expressions in, verdicts out, a line each, until its input ends."""
+    import resource
+
+    from math_verify import parse, verify
+
+    resource.setrlimit(resource.RLIMIT_AS, (Judge.BYTES, Judge.BYTES))
+    verify(parse(r"$\frac{x}{2} + 2x$"), parse("$0$"))  # what it imports at its first use takes a second or two
+    print("ready", flush=True)
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_PROF, Judge.CPU_SECONDS)  # then SIGPROF, which ends the process
+        try:
+            gold, answer = (parse(f"${text}$", parsing_timeout=None) for text in json.loads(line))
+            print(verify(gold, answer, timeout_seconds=None), flush=True)
+        except Exception:
+            print(False, flush=True)
+
+
+JUDGE = Judge()

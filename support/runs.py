@@ -1,0 +1,338 @@
+"""What surrounds the algorithm in a run: processes, random numbers, folders, checkpoints and logs.
+
+A run's folder holds config.json (every setting), metrics.jsonl (a line per update), base.json and summary.json (what
+was measured before and after), checkpoint-N, model/ and curve.png. Lines are appended to metrics.jsonl, and --resume
+drops those after its checkpoint; all else is written beside its place and renamed, so that what is there is whole.
+A run killed at any moment continues with --resume as if it had not been.
+"""
+
+import atexit
+import contextlib
+import itertools
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import uuid
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from agrpo import require
+from support import in_one_line
+
+
+# ---------------------------------------------------------------------------------------------- processes
+def start_processes(device_type):
+    """Join the process group that torchrun started this process in, if it did; returns this process's device."""
+    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+        if device_type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
+    return torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
+
+
+def leave(message, code):
+    """Say why, and end. Among several processes at once: the others may wait for this one, and torchrun ends them."""
+    print(message, file=sys.stderr, flush=True)
+    if processes() > 1:
+        os._exit(code)
+    return code
+
+
+def rank():
+    """Which of the processes this is: 0 .. processes() - 1. Rank 0 writes and prints."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def command(number=None):
+    """How this program is started with so many processes; alone, by this Python, also where `python` is another."""
+    number = number or processes()
+    if number > 1:
+        return f"torchrun --nproc-per-node {number} train.py"
+    ours = os.path.dirname(shutil.which("python") or "") == os.path.dirname(sys.executable)
+    return f"{'python' if ours else os.path.relpath(sys.executable)} train.py"
+
+
+def say(*words):
+    """Print, once for all processes."""
+    if rank() == 0:
+        print(*words, flush=True)
+
+
+def from_first(make):
+    """The value of make(), called on rank 0 alone and sent to all."""
+    if processes() == 1:
+        return make()
+    box = [None]
+    if rank() == 0:
+        try:
+            box = [make()]
+        except (ValueError, OSError) as error:  # all must hear of it, or they would wait for ever
+            box = [error]
+    dist.broadcast_object_list(box, src=0)
+    if isinstance(box[0], Exception):
+        raise box[0]
+    return box[0]
+
+
+def gather(value):
+    """[value of rank 0, value of rank 1, ...] on every process."""
+    values = [value] * processes()
+    if processes() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def average_gradients(parameters, share):
+    """Replace each gradient by the sum over processes of share x gradient, share = this process's part of the batch.
+
+    A loss that is a mean over completions then has the gradient of one process with the whole batch. A process whose
+    groups all agreed has no gradient, and takes part with zeros. One message carries all of it.
+    """
+    parameters = list(parameters)
+    if processes() == 1 or not any(gather(any(parameter.grad is not None for parameter in parameters))):
+        return  # where nothing was learnt anywhere no optimizer step, as in one process
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in parameters]
+    flat = torch.nn.utils.parameters_to_vector(gradients).mul_(share)  # (all their elements,)
+    dist.all_reduce(flat)
+    torch.nn.utils.vector_to_parameters(flat, gradients)
+
+
+def explain(error, run):
+    """What went wrong, for a person: no traceback, and for want of memory the flag to lower."""
+    text = in_one_line(error) or type(error).__name__
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        also = "" if run.gradient_checkpointing else ", or use --gradient-checkpointing"
+        return f"out of memory: lower --tokens-per-pass (now {run.tokens_per_pass}){also}; with --resume too"
+    return f"process {rank()} of {processes()} ends: {text}" if processes() > 1 else text
+
+
+def merge_metrics(metrics, share):
+    """One update's numbers over all processes: counts are summed, the largest error kept, means weighted by share."""
+    rows = gather((share, metrics))
+    if len(rows) == 1:
+        return metrics
+    merged = {name: sum(share * row[name] for share, row in rows) for name in metrics}
+    merged["evaluations"] = sum(row["evaluations"] for _, row in rows)
+    # A nan is the largest error of all; max alone would lose it.
+    merged["ratio_error"] = max((row["ratio_error"] for _, row in rows), key=lambda x: (math.isnan(x), x))
+    return merged
+
+
+def streams(seed, purpose, common=False):
+    """Random numbers of one purpose: (random.Random, torch.Generator). Separate, so that a cached base model, or
+    one evaluation more, changes no other number. All processes have the same Random, which chooses prompts, and each
+    a Generator of its own, which draws completions, unless that is to be common too."""
+    rng = random.Random(f"{purpose} {seed}")
+    draws = rng.getrandbits(62)
+    if rank() and not common:
+        draws = random.Random(f"{purpose} {seed} process {rank()}").getrandbits(62)
+    return rng, torch.Generator().manual_seed(draws)
+
+
+# ------------------------------------------------------------------------------------------------- folders
+def new_folder(out, name):
+    """Make the folder of a run: `out`, or runs/NAME, numbered if taken. One that already holds a run is not touched."""
+    if out:
+        folder = Path(out)
+        taken = (folder / "config.json").exists()
+        require(not taken, f"{folder} already holds a run: --resume {folder}, choose another --out, or remove it")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    for i in itertools.count(1):
+        folder = Path("runs") / (f"{name}-{i}" if i > 1 else name)
+        with contextlib.suppress(FileExistsError):  # taken, perhaps by a run that starts just now
+            folder.mkdir(parents=True)
+            return folder
+
+
+def read_json(path):
+    """The value, or None where there is no such file."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def append_line(path, value):
+    """Rank 0 appends a line of JSON."""
+    if rank() == 0:
+        with open(path, "a") as file:
+            file.write(json.dumps(value) + "\n")
+
+
+def write_text(path, text):
+    """Write beside and rename, so that the file is whole whenever it is there."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_lines(path, rows):
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_settings(folder):
+    """{"run": ..., "algorithm": ...} of a run's folder, or None where the folder holds no run."""
+    try:
+        stored = json.loads((Path(folder) / "config.json").read_text())
+        return stored if isinstance(stored["run"], dict) and isinstance(stored["algorithm"], dict) else None
+    except (KeyError, OSError, TypeError, ValueError):
+        return None
+
+
+def provenance():
+    """What else decides a run's numbers: library versions, processes, the commit of this code."""
+    git = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty= with changes"]
+    try:
+        commit = subprocess.check_output(git, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "safetensors", "peft", "datasets", "math-verify"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {"commit": commit, "processes": processes(), "versions": versions}
+
+
+# --------------------------------------------------------------------------------------------- checkpoints
+def trainable(model):
+    """{name: parameter} of what training changes: the adapter under LoRA, everything otherwise."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_checkpoint(folder, step, seconds, model, optimizer, rng, generator):
+    """Everything that the updates after `step` depend on, in folder/checkpoint-STEP. The schedule is a function of the
+    step. Raises ValueError where it cannot be written: the checkpoint before it stays."""
+    states = gather(generator.get_state())  # each process draws its own random numbers
+    if rank() > 0:
+        return
+    path = folder / f"checkpoint-{step}"
+    unfinished = path.with_suffix(".tmp")
+    everything = {
+        "step": step,
+        "seconds": seconds,
+        "weights": {name: parameter.detach() for name, parameter in trainable(model).items()},
+        "optimizer": optimizer.state_dict(),
+        "rng": rng.getstate(),
+        "generators": states,
+    }
+    try:
+        torch.save(everything, unfinished)
+        unfinished.rename(path)
+    except Exception as error:  # a full disk, say
+        unfinished.unlink(missing_ok=True)
+        raise ValueError(f"{path} could not be written: {error}") from error
+    for other in checkpoints(folder)[:-1]:
+        other.unlink()
+
+
+def checkpoints(folder):
+    """The folder's complete checkpoints, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.suffix != ".tmp"]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+
+
+def load_checkpoint(folder, model, optimizer, rng, generator):
+    """Restore the newest checkpoint in place; returns (step, seconds), (0, 0) without one."""
+    found = checkpoints(folder)
+    shared = len(set(gather(found[-1].name if found else None))) == 1
+    require(shared, f"{folder} must be one folder that all nodes see: they find different checkpoints in it")
+    if not found:
+        return 0, 0.0
+    try:
+        stored = torch.load(found[-1], map_location="cpu", weights_only=True)  # tensors and numbers, no code
+        made_by, mine = len(stored["generators"]), trainable(model)
+        same_number = made_by == processes()
+        require(same_number, f"it was made by {made_by} processes: {command(made_by)} --resume {folder}")
+        shapes = [{name: tensor.shape for name, tensor in of.items()} for of in (stored["weights"], mine)]
+        require(shapes[0] == shapes[1], "it has other parameters")
+        model.load_state_dict(stored["weights"], strict=False)  # not strict: what is frozen is not in it
+        optimizer.load_state_dict(stored["optimizer"])
+        generator.set_state(stored["generators"][rank()])
+        rng.setstate(stored["rng"])
+        return stored["step"], stored["seconds"]
+    except Exception as error:
+        reason = error if isinstance(error, ValueError) else f"it cannot be read ({type(error).__name__})"
+        raise ValueError(f"{found[-1]} is not a checkpoint of this run: {reason}") from error
+
+
+def rewind_metrics(path, step):
+    """Keep the lines of metrics.jsonl up to `step`, which the updates after it will write again; returns them."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):  # the last line may be half there
+            rows.append(json.loads(line))
+    rows = [row for row in rows if row["step"] <= step]
+    write_lines(path, rows)
+    return rows
+
+
+def interrupt(number, _=None, advice="continue with --resume and the folder of the run"):
+    """Handler of a signal: the program is to end with 128 + its number, 130 after Ctrl-C and 143 after SIGTERM."""
+    raise KeyboardInterrupt(128 + number, f"stopped; {advice}")
+
+
+@contextlib.contextmanager
+def finish_what_was_begun():
+    """Within: the first Ctrl-C or SIGTERM only puts its number into the yielded list, so that an update can be finished
+    and saved; a second one interrupts at once."""
+    stop = []
+
+    def handler(number, _):
+        if stop:
+            interrupt(number)
+        stop.append(number)
+        say("\nfinishing this update, then saving; once more to stop at once")
+
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, action in previous.items():
+            signal.signal(number, action)
+
+
+# -------------------------------------------------------------------------------------------------- logs
+def tracker(name, folder, settings, done):
+    """A function of (step, metrics) that sends the numbers to TensorBoard or Weights & Biases, or nowhere for name "".
+
+    `done` updates were made before the run was resumed: what was sent of later ones is sent again, not doubled."""
+    if not name or rank() > 0:
+        return lambda step, metrics: None
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(folder), purge_step=done + 1, max_queue=1)  # nothing to lose when it is killed
+        return lambda step, metrics: [writer.add_scalar(*pair, step) for pair in flat(metrics).items()]
+    import wandb
+
+    key = uuid.uuid5(uuid.NAMESPACE_URL, folder.resolve().as_uri()).hex  # every checkout may have such a folder
+    try:
+        run = wandb.init(project="agrpo", name=folder.name, dir=str(folder), id=key, resume="allow", config=settings)
+    except Exception as error:  # its own kinds: no login, no network
+        raise ValueError(f"--tracker wandb: {error}") from error
+    return lambda step, metrics: run.log(flat(metrics), step=step)
+
+
+def flat(metrics):
+    """{"reward": x, "validation": {"greedy": y}} -> {"reward": x, "validation/greedy": y}"""
+    checked = {f"validation/{kind}": value for kind, value in metrics.get("validation", {}).items()}
+    return {name: value for name, value in metrics.items() if name != "validation"} | checked
