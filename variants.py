@@ -62,7 +62,7 @@ def agrpo_sa(run, rewards, config, generator, step_rewards=None):
     require(config.num_generations >= 3, "agrpo-sa needs num_generations 3: with one fellow its gate is always shut")
     signal = (rewards.view(-1, config.num_generations) != rewards[:: config.num_generations, None]).any(1)
     r = step_rewards(signal.repeat_interleave(config.num_generations))  # elsewhere the gate is shut
-    c = torch.arange(run.sampling_steps, dtype=torch.float64) / run.sampling_steps  # (m,)
+    c = torch.arange(run.sampling_steps, dtype=r.dtype) / run.sampling_steps  # (m,)
     advantages = stepwise_advantages(run, rewards, r, config, c, gate=True)
     return advantages, shared_weights(run, advantages, config, generator)
 
