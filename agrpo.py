@@ -13,7 +13,7 @@ log-probabilities from one forward pass on s_t: exact. No pass serves two steps,
 AGRPO draws k of the m steps and weighs them so that the expectation stays what it was.
 
     symbol   meaning                                         name in code                  shape
-    m, t     denoising steps; timestep 0 .. m - 1            sampling_steps; t             ; (B,)
+    m, t     denoising steps; timestep 0 .. m - 1            sampling_steps; t             -; (B,)
     s_t      state before step t                             Rollout.state_at              (B, L)
     a_t      action: the N tokens that step t wrote          Rollout.action_at             (B, L), (N,)
     T        steps taken: m unless a row stops early         steps_taken                   (B,)
@@ -46,7 +46,6 @@ which another function can replace (variants.py); the loop around them is at the
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -60,6 +59,7 @@ class AGRPOConfig:
     top_k: int | None = None  # choose among this many likeliest tokens; 0: all
     top_p: float = 1.0  # then among the fewest whose probability reaches p
     num_generations: int = 8  # G: completions per question
+    shared_order: bool = False  # the G completions of a question unmask their positions in one common order
     mc_samples: int = 8  # k: timesteps drawn per completion; k >= T takes each step once, exactly
     importance_sampling: str = "uniform"  # uniform | entropy: draw timesteps in proportion to their entropy
     low_discrepancy: bool = True  # spread the k draws of a completion evenly
@@ -71,8 +71,7 @@ class AGRPOConfig:
         for name, bound in (least | {"top_k": 0, "epsilon_low": 0, "epsilon_high": 0}).items():
             value = getattr(self, name)
             require(value is None or value >= bound, f"{name} is {value}: at least {bound}")
-        require(0 < self.top_p <= 1, f"top_p is {self.top_p}: in (0, 1]")
-        require(self.epsilon_low <= 1, f"epsilon_low is {self.epsilon_low}: at most 1")
+        require(0 < self.top_p <= 1 and self.epsilon_low <= 1, "top_p is in (0, 1], epsilon_low at most 1")
         require(self.importance_sampling in ("uniform", "entropy"), "importance_sampling: choose uniform or entropy")
 
 
@@ -82,28 +81,23 @@ def require(condition, message):
 
 
 # ---------------------------------------------------------------------------------------------- the policy
-def token_logprobs(logits, mask_token_id, config, tokens=None):
+def token_logprobs(logits, mask_token_id, config, drawn=None):
     """log pi(. | s) at N positions: the only softmax here. Rollout, ratio, entropy and KL all go through it.
     logits (N, V) -> (N, V) in float32 or better. [MASK] has probability 0: an answer with it would not be finished.
-    What top-k, then top-p leave out has probability 0 as well. tokens (N,) are the ones that were drawn here: kept
-    then, so kept now, and no kept set need be stored. The gradient holds the set fixed: exact almost everywhere."""
+    What top-k, then top-p leave out has probability 0 as well. drawn: indices of positions, and tokens drawn there,
+    which stay: at a first update that is the set they were drawn from, so none is stored. A set has no gradient."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / (config.temperature or 1.0)
     never = torch.finfo(logits.dtype).min  # finite, so that p log p = 0 * never = 0 where -inf would give nan
     logits = logits.index_fill(-1, torch.tensor(mask_token_id, device=logits.device), never).clamp(min=never)
     if config.top_k or config.top_p < 1:
-        kept = kept_words(logits.detach(), config)  # (N, V)
-        if tokens is not None:
-            kept = kept.scatter(1, tokens[:, None], True)
+        top, words = logits.detach().topk(min(config.top_k or logits.shape[-1], logits.shape[-1]))  # descending
+        p = top.softmax(-1)
+        within = (p.cumsum(-1) - p < config.top_p) | (config.top_p == 1)  # the word that crosses top_p included
+        kept = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, words, within)  # (N, V)
+        if drawn is not None:
+            kept[drawn] = True
         logits = logits.masked_fill(~kept, never)
     return logits.log_softmax(-1)
-
-
-def kept_words(logits, config):
-    """Which words (N, V) bool top-k leaves, and then top-p: the fewest whose mass reaches p."""
-    top, words = logits.topk(min(config.top_k or logits.shape[-1], logits.shape[-1]))  # descending
-    p = top.softmax(-1)
-    kept = p.cumsum(-1) - p < config.top_p  # the mass in front of a word
-    return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, words, kept | (config.top_p == 1))
 
 
 def entropy(logp):
@@ -133,7 +127,7 @@ class Rollout:
 
     ids: torch.Tensor  # (B, L) long
     attention_mask: torch.Tensor  # (B, L) bool, False: padding
-    unmask_step: torch.Tensor  # (B, L) long: -1 given; 0 .. m - 1 written at that step; m filled in by the early stop
+    unmask_step: torch.Tensor  # (B, L) long, the plan and then the record: -1 given; 0 .. m - 1; m: by the early stop
     logprobs: torch.Tensor  # (B, L): log-probability of each token when it was written, 0 where none was
     entropies: torch.Tensor  # (B, L): entropy of the distribution it was drawn from, 0 where none was
     steps_taken: torch.Tensor  # (B,) long: T
@@ -163,8 +157,8 @@ class Rollout:
 
 def schedule(n, config):
     """[(first, last, counts)]: the block of the written positions first .. last - 1, and how many each step writes.
-    The blocks share the m steps equally, a step writes at least one token, and in a block of b positions and s steps
-    the first (b mod s) steps write one more. The m that is used is the number of counts."""
+    The blocks share the m steps equally, a step writes at least one token, and the first steps of a block write one
+    more where it does not divide evenly. The m that is used is the number of counts."""
     length, steps = config.block_length or n, config.sampling_steps
     require(n >= 1, "there is no [MASK] to fill in")
     blocks = [(first, min(first + length, n)) for first in range(0, n, length)]
@@ -176,79 +170,91 @@ def schedule(n, config):
     return plan
 
 
-def draw_order(batch, plan, generator):
+def draw_order(batch, plan, config, generator):
     """(B, n): which step writes each of the n positions. Drawn before the first token, so it knows nothing of the
-    policy, and no gradient flows through it."""
-    counts = torch.tensor([count for *_, counts in plan for count in counts])  # (m,)
-    step_of = torch.arange(len(counts)).repeat_interleave(counts)  # (n,)
-    u = uniforms((batch, len(step_of)), generator).cpu()
+    policy, and no gradient flows through it: that is why a group may share it, and the states that then coincide."""
+    counts, G = torch.tensor([c for *_, counts in plan for c in counts]), config.num_generations
+    step_of, G = torch.arange(len(counts)).repeat_interleave(counts), G if config.shared_order else 1  # step_of (n,)
+    u = uniforms((batch // G, len(step_of)), generator).repeat_interleave(G, 0).cpu()  # (B, n)
     return torch.cat([step_of[first:last][u[:, first:last].argsort(1)] for first, last, _ in plan], 1)
 
 
-def unmask_random(model, run, rows, t, block, count, config, uniforms, micro_batch):
-    """One denoising step, in place: of the rows (b,) that are still running, the positions whose turn it is.
-    Every `step` function gets the block (B, L) bool that t is in, how many tokens to write, one uniform per position
-    (B, L), or None at temperature 0, and how many sequences fit in a pass."""
-    for part in rows.split(micro_batch or len(rows)):
-        positions = run.unmask_step[part] == t  # (b, L)
-        write(run, part, t, positions, *draw_tokens(model, run, part, positions, config, uniforms))
+def distinct_passes(ids, attention_mask, positions, micro_batch):
+    """One sequence per distinct state: completions of a question share their first one, and often later ones.
+    ids, attention_mask, positions (B, L): yields, `micro_batch` states at a time, the rows (b,) that are in them, the
+    model's inputs (S, L), with the union of the wanted positions, N' in all, and which of those each row wants (N,).
+    Two rows of a state that want 5 7 and 7 8: union 5 7 8, places 0 1 1 2; at 7 their gradients add up by autograd."""
+    asking = positions.any(1).nonzero()[:, 0]
+    keys, state = ids[asking].masked_fill(~attention_mask[asking], -1).unique(dim=0, return_inverse=True)  # (S, L)
+    union = torch.zeros_like(keys).index_add_(0, state, positions[asking].long()) > 0  # (S, L)
+    for part in torch.arange(len(keys), device=ids.device).split(micro_batch or len(keys)) if len(keys) else ():
+        here = (state >= part[0]) & (state <= part[-1])
+        rows, key, wanted = asking[here], keys[part], union[part]  # (b,), (S, L), (S, L)
+        place = wanted.flatten().cumsum(0).view(wanted.shape)[state[here] - part[0]] - 1  # (b, L)
+        yield rows, (key.clamp(min=0), key >= 0, wanted), place[positions[rows]]
 
 
-def draw_tokens(model, run, rows, positions, config, uniforms):
-    """Draw at N positions (b, L) bool of some rows: tokens, their log-probabilities, the entropies behind them (N,)."""
-    logits = model(run.ids[rows], attention_mask=run.attention_mask[rows], positions=positions)  # (N, V)
-    logp = token_logprobs(logits, run.mask_token_id, config)  # (N, V)
-    u = None if uniforms is None else uniforms[rows][positions][:, None]  # (N, 1)
-    tokens = logp.argmax(1, keepdim=True) if u is None else inverse_cdf(logp.exp(), u)  # (N, 1)
-    return tokens.squeeze(1), logp.gather(1, tokens).squeeze(1), entropy(logp)
+def unmask_random(model, run, t, block, count, config, uniforms, micro_batch):
+    """One denoising step, in place: the positions whose turn it is are drawn. Every `step` function gets the block
+    (B, L) bool that t is in, how many tokens a row writes, a uniform per position (B, L), and the size of a pass."""
+    positions = run.unmask_step == t  # (B, L)
+    write(run, t, positions, draw_tokens(model, run, positions, config, uniforms, micro_batch))
 
 
-def write(run, rows, t, positions, tokens, logp, H):
-    """Write N tokens at the positions (b, L) of some rows; note when, and from what they were drawn."""
-    row, column = positions.nonzero(as_tuple=True)
-    at = rows[row], column
-    run.ids[at], run.unmask_step[at] = tokens, t
-    run.logprobs[at], run.entropies[at] = logp.double(), H.double()
+def draw_tokens(model, run, positions, config, uniforms, micro_batch):
+    """Draw at positions (B, L) bool: tokens, their log-probabilities, the entropies behind them, (B, L) each."""
+    tokens, logprobs, H = torch.zeros_like(run.ids), torch.zeros_like(run.logprobs), torch.zeros_like(run.logprobs)
+    for rows, (ids, mask, wanted), place in distinct_passes(run.ids, run.attention_mask, positions, micro_batch):
+        logp = token_logprobs(model(ids, attention_mask=mask, positions=wanted), run.mask_token_id, config)  # (N', V)
+        row, column = positions[rows].nonzero(as_tuple=True)
+        at = rows[row], column
+        u = uniforms[at][:, None]  # (N, 1)
+        drawn = inverse_cdf(logp.exp()[place], u).squeeze(1) if config.temperature > 0 else logp.argmax(1)[place]
+        tokens[at], logprobs[at], H[at] = drawn, logp[place, drawn].double(), entropy(logp)[place].double()
+    return tokens, logprobs, H
 
 
-def stop_early(run, rows, block):
-    """Finish the rows whose block (B, L) came out all <eos>: the rest of their [MASK] become <eos> without an action.
-    Not where given tokens follow, which belong to the text. Returns the rows that go on."""
-    columns = torch.arange(run.ids.shape[1], device=rows.device)
-    behind = columns > (block[rows] * columns).amax(1, keepdim=True)  # (b, L): after the block
-    finished = ((run.ids[rows] == run.eos_token_id) | ~block[rows]).all(1)
-    finished &= ~(behind & (run.unmask_step[rows] < 0) & run.attention_mask[rows]).any(1)
-    rest = torch.zeros_like(block)
-    rest[rows] = behind & finished[:, None] & (run.unmask_step[rows] >= 0)
+def write(run, t, positions, drawn):
+    """Write what was drawn, three tables (B, L), at the positions (B, L) bool, and note the step."""
+    for table, values in zip((run.ids, run.logprobs, run.entropies), drawn):
+        table[positions] = values[positions]
+    run.unmask_step[positions] = t
+
+
+def stop_early(run, block):
+    """Finish the rows whose block (B, L), of several, came out all <eos>: their other [MASK] become <eos>, by rule and
+    not by an action, so no term of the sum is lost. Not where given tokens follow, which belong to the text."""
+    columns = torch.arange(run.ids.shape[1], device=run.ids.device)
+    behind = columns > (block * columns).amax(1, keepdim=True)  # (B, L): after the block
+    finished = ((run.ids == run.eos_token_id) | ~block).all(1)
+    finished &= ~(behind & (run.unmask_step < 0) & run.attention_mask).any(1)
+    rest = behind & finished[:, None] & (run.unmask_step >= 0)
     run.ids[rest], run.unmask_step[rest] = run.eos_token_id, run.sampling_steps
-    return rows[~finished]
 
 
 @torch.no_grad()
 def rollout(model, ids, attention_mask, config, generator, micro_batch=None, step=unmask_random):
     """Fill in the [MASK] of ids (B, L), of which every row has the same number n: B trajectories under the policy.
-
     model(input_ids (B, L), attention_mask= (B, L) bool, False: padding, positions= (B, L) bool) gives logits (N, V) at
     the positions, row by row, and has a mask_token_id and an eos_token_id. `step` says which positions come next.
     micro_batch sequences per pass, None: all, bound memory and change no draw. Raises ValueError on unequal rows."""
-    device, written = ids.device, ids == model.mask_token_id  # written (B, L)
-    n, slot = int(written[0].sum()), written.cumsum(1) - 1  # slot (B, L): the how-manieth [MASK] of its row
-    require(bool((written.sum(1) == n).all()), "every row needs the same number of [MASK]")
-    plan, zeros = schedule(n, config), torch.zeros(ids.shape, dtype=torch.float64, device=device)
-    order = torch.full_like(ids, -1).masked_scatter(written, draw_order(len(ids), plan, generator).to(device))
+    blank = ids == model.mask_token_id  # (B, L)
+    n, slot = int(blank[0].sum()), blank.cumsum(1) - 1  # slot (B, L): the index among the [MASK] of its row
+    require(bool((blank.sum(1) == n).all()), "every row needs the same number of [MASK]")
+    plan, zeros = schedule(n, config), torch.zeros_like(ids, dtype=torch.float64)
+    order = torch.full_like(ids, -1).masked_scatter(blank, draw_order(len(ids), plan, config, generator).to(ids))
     tables = ids.clone(), attention_mask, order, zeros.clone(), zeros.clone(), torch.zeros_like(ids[:, 0])
     run = Rollout(*tables, sum(len(counts) for *_, counts in plan), model.mask_token_id, model.eos_token_id)
-    rows, t = torch.arange(len(ids), device=device), 0
+    t = 0
     for first, last, counts in plan:
-        block = written & (slot >= first) & (slot < last)
-        for count in counts if len(rows) else ():
+        block = blank & (slot >= first) & (slot < last)
+        for count in counts:
             # One for every [MASK], used or not: a row's draws must not depend on which others are running.
-            u = uniforms((len(ids), n), generator).to(device) if config.temperature > 0 else None
-            u = u if u is None else zeros.masked_scatter(written, u)  # (B, L)
-            step(model, run, rows, t, block, count, config, u, micro_batch)
-            run.steps_taken[rows] += 1
+            u = zeros.masked_scatter(blank, uniforms((len(ids), n), generator).to(ids.device))  # (B, L)
+            step(model, run, t, block, count, config, u, micro_batch)
+            run.steps_taken += (run.unmask_step == t).any(1)
             t += 1
-        rows = stop_early(run, rows, block)
+        stop_early(run, block)
     return run
 
 
@@ -293,89 +299,84 @@ def sample_timesteps(run, config, generator):
 
 
 def estimate(run, rewards, config, generator, step_rewards=None):
-    """AGRPO's advantages (B, m) and weights (B, m): unbiased, up to the constants 1/m and (G - 1) / G.
-    The paper draws from the steps up to the last token that is not <eos> alone, and averages over those: biased, as
-    the choice to end is never credited (variants.paper). step_rewards serves other estimators."""
+    """AGRPO's advantages (B, m) and weights (B, m): unbiased, up to the constants 1/m and (G - 1) / G. The paper draws
+    and averages over the steps up to the last token that is not <eos> alone: biased (variants.paper says why)."""
     advantages = group_advantages(rewards, config.num_generations).to(run.ids.device)  # (B,)
     return advantages[:, None].expand(-1, run.sampling_steps), sample_timesteps(run, config, generator)
 
 
 # ----------------------------------------------------------------------------- the objective and its gradient
 def clipped_objective(logp, old_logp, advantage, epsilon_low, epsilon_high):
-    """min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A), rho = pi / pi_old, per token (PPO); to be maximised.
-
-    pi_old is the policy that wrote the rollout. Right after it rho = 1, and the gradient is A grad log pi: the policy
-    gradient. In later updates the clip takes the gradient from a token that has moved by eps where A wants it."""
+    """min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A), rho = pi / pi_old, per token (PPO); to be maximised. pi_old
+    wrote the rollout. Right after it rho = 1, and the gradient is A grad log pi: the policy gradient. In later updates
+    the clip takes the gradient from a token that has moved by eps where A wants it."""
     ratio = (logp - old_logp).exp()
     return torch.minimum(ratio * advantage, ratio.clamp(1 - epsilon_low, 1 + epsilon_high) * advantage)
 
 
 def accumulate_gradient(model, run, *, advantages, weights, config, micro_batch, penalty=None):
     """Add the gradient of the loss to .grad, `micro_batch` sequences per forward and backward pass; returns statistics.
-
-    loss = - 1/B sum_i sum_t w_it sum_(tokens of a_it) [ clipped_objective - penalty ]
-
+        loss = - 1/B sum_i sum_t w_it sum_(tokens of a_it) [ clipped_objective - penalty ]
     advantages (B,) or (B, m), weights (B, m): grad log pi of a token has the factor A_it w_it / B in all. A step of
     weight 0 is not run, nor one of advantage 0 without a penalty: its gradient is exactly 0. penalty(logits (N, V),
     input_ids, attention_mask, positions) -> (N,). The first update after a rollout follows the policy gradient; later
     ones are biased by per-token ratios and the clip, as in PPO. Steps no optimizer."""
     require(config.temperature > 0, "temperature 0 has no gradient: train with a positive temperature")
-    batch, device = len(run.ids), run.ids.device
-    weights, advantages = weights.to(device), advantages.to(device).reshape(batch, -1).expand(weights.shape)
+    batch, weights = len(run.ids), weights.to(run.ids.device)
+    advantages = advantages.to(weights.device).reshape(batch, -1).expand(weights.shape)
     needed = weights != 0 if penalty else (weights != 0) & (advantages != 0)
-    rows, times = needed.nonzero(as_tuple=True)  # each pair is one sequence to run forward and backward
-    sums, error = torch.zeros(4, dtype=torch.float64, device=device), torch.zeros((), device=device)
-    for start in range(0, len(rows), micro_batch):
-        row, t = rows[start : start + micro_batch], times[start : start + micro_batch]
-        loss, ratio, *rest = step_loss(model, run[row], t, weights[row, t] / batch, advantages[row, t], config, penalty)
+    rows, times = needed.nonzero(as_tuple=True)  # P pairs of a completion and a step
+    positions, states = run[rows].action_at(times)[0], run[rows].state_at(times)  # (P, L)
+    sums, error = weights.new_zeros(5, dtype=torch.float64), weights.new_zeros(())
+    for pairs, inputs, place in distinct_passes(states, run.attention_mask[rows], positions, micro_batch):
+        row, t = rows[pairs], times[pairs]
+        w, A = weights[row, t] / batch, advantages[row, t]
+        loss, ratio, *rest = pass_loss(model, inputs, place, run[row], t, w, A, config, penalty)
         loss.backward()
-        sums += torch.stack([loss.detach(), *rest])  # loss, tokens, clipped tokens, penalty
+        sums += torch.stack([loss.detach(), *rest])  # loss, tokens, clipped tokens, penalty, sequences
         error = torch.maximum(error, (ratio - 1).abs().max())  # unlike max(), it keeps a nan
-    total, tokens, clipped, penalties = sums.tolist()
+    total, tokens, clipped, penalties, sequences = sums.tolist()
     return {
         "loss": total,  # about 0 at rho = 1, whatever was learnt: minus a weighted mean of centred advantages
         "clip_fraction": clipped / max(tokens, 1),  # share of the tokens whose gradient the clip removed
         "penalty": penalties / max(tokens, 1),  # per token at the drawn steps
         "ratio_error": error.item(),  # largest |rho - 1|: rounding alone, right after a rollout
-        "evaluations": len(rows),  # sequences run forward and backward
+        "evaluations": int(sequences),  # sequences run forward and backward
     }
 
 
-def step_loss(model, part, t, weight, advantage, config, penalty):
-    """Loss of b states s_t and their actions: part a Rollout of b rows; t, weight, advantage (b,).
-    Returns the loss, the ratios (N,), and the numbers of tokens, of clipped tokens and the sum of the penalty."""
+def pass_loss(model, inputs, place, part, t, weight, advantage, config, penalty):
+    """Loss of part, a Rollout of b rows, at t with weight and advantage (b,); inputs and place of distinct_passes.
+    Returns it, the ratios (N,), the numbers of tokens and of clipped ones, the sum of the penalty, and S."""
+    ids, mask, wanted = inputs  # (S, L)
     positions, tokens, old_logp = part.action_at(t)  # (b, L), (N,), (N,)
     weight, advantage = (x[positions.nonzero()[:, 0]] for x in (weight, advantage))  # (N,): those of its row
-    ids, mask = part.state_at(t), part.attention_mask
-    logits = model(ids, attention_mask=mask, positions=positions)  # (N, V)
-    logp = token_logprobs(logits, part.mask_token_id, config, tokens).gather(1, tokens[:, None]).squeeze(1)  # (N,)
+    logits = model(ids, attention_mask=mask, positions=wanted)  # (N', V)
+    logp = token_logprobs(logits, part.mask_token_id, config, (place, tokens))[place, tokens]  # (N,)
     objective = clipped_objective(logp, old_logp, advantage, config.epsilon_low, config.epsilon_high)
-    cost = penalty(logits, ids, mask, positions) if penalty else torch.zeros_like(objective)
+    cost = penalty(logits, *inputs)[place] if penalty else torch.zeros_like(objective)
     loss = -(weight * (objective - cost)).sum()
     ratio = (logp.detach() - old_logp).exp()
     clipped = (advantage > 0) & (ratio > 1 + config.epsilon_high) | (advantage < 0) & (ratio < 1 - config.epsilon_low)
-    return loss, ratio, torch.ones_like(ratio).sum(), clipped.sum(), cost.detach().sum()
+    return loss, ratio, loss.new_tensor(len(ratio)), clipped.sum(), cost.detach().sum(), loss.new_tensor(len(ids))
 
 
 # -------------------------------------------------------------------- the whole loop, on the smallest of tasks
-class SmallModel(nn.Module):
-    """Ten digits, <eos> and [MASK]; two transformer layers without a causal mask. Nothing is pretrained."""
+class SmallModel(torch.nn.Sequential):
+    """Ten digits, <eos> and [MASK] in five places, and an MLP over all of them. Nothing is pretrained."""
 
     mask_token_id, eos_token_id = 11, 10
 
     def __init__(self):
-        super().__init__()
-        self.words, self.places = nn.Embedding(12, 64), nn.Parameter(torch.randn(5, 64))
-        layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True, norm_first=True)
-        self.layers, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(64, 12)
+        mlp = torch.nn.Linear(5 * 32, 256), torch.nn.ReLU(), torch.nn.Linear(256, 5 * 12)
+        super().__init__(torch.nn.Embedding(12, 32), torch.nn.Flatten(), *mlp, torch.nn.Unflatten(1, (5, 12)))
 
     def forward(self, input_ids, attention_mask, positions):
-        return self.head(self.layers(self.words(input_ids) + self.places)[positions])  # (B, L) -> (N, V)
+        return super().forward(input_ids)[positions]  # (B, L) -> (N, V)
 
 
 def demonstration():
-    """Write four digits whose sum modulo 5 is the given one, a digit a step. Two updates per rollout: in the second
-    rho is no longer 1, and the clip acts."""
+    """Write four digits, one a step, whose sum modulo 5 is the given one. In the second update the clip acts."""
     model, generator, config = SmallModel(), torch.Generator().manual_seed(0), AGRPOConfig(4, mc_samples=2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for i in range(1, 81):
@@ -396,5 +397,4 @@ def demonstration():
 
 if __name__ == "__main__":
     torch.manual_seed(0)  # of the model's first weights
-    torch.set_num_threads(1)  # the tensors are tiny
     demonstration()

@@ -70,53 +70,60 @@ def reinforce(setup, train, validation, folder, started):
 
 
 def update(setup, prompts, optimizer, generator):
-    """One optimizer step on the prompts, shared among the processes. Returns its numbers."""
-    begun = time.perf_counter()
-    optimizer.zero_grad()
+    """One rollout of the prompts, shared among the processes, and its optimizer steps. Returns the step's numbers."""
+    begun, parameters = time.perf_counter(), optimizer.param_groups[0]["params"]
     mine = prompts[runs.rank() :: runs.processes()]
     share = len(mine) / len(prompts)
-    metrics = policy_gradient(setup, mine, generator)
-    parameters = optimizer.param_groups[0]["params"]
-    runs.average_gradients(parameters, share)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, setup.run.gradient_clip, error_if_nonfinite=True)
-    optimizer.step()
-    metrics = runs.merge_metrics(metrics, share)
-    metrics |= {"gradient_norm": norm.item(), "learning_rate": optimizer.param_groups[0]["lr"]}
-    metrics["seconds"] = time.perf_counter() - begun  # the only field that differs between equal runs
-    return metrics
+    run, rewards, step_rewards, metrics = roll_out(setup, mine, generator)
+    updates = []
+    for _ in range(setup.run.updates_per_rollout):  # in the first rho is 1; the clip acts in further ones
+        optimizer.zero_grad()
+        stats = add_gradient(setup, run, rewards, step_rewards, generator)
+        runs.average_gradients(parameters, share)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, setup.run.gradient_clip, error_if_nonfinite=True)
+        optimizer.step()
+        updates.append(stats | {"gradient_norm": norm.item()})
+    metrics |= updates[-1] | {"ratio_error": updates[0]["ratio_error"]}  # later ones are meant to differ from 1
+    metrics["evaluations"] = sum(stats["evaluations"] for stats in updates)
+    metrics = runs.merge_metrics(metrics, share) | {"learning_rate": optimizer.param_groups[0]["lr"]}
+    return metrics | {"seconds": time.perf_counter() - begun}  # the only field that differs between equal runs
 
 
-def policy_gradient(setup, prompts, generator):
-    """Roll out, reward, estimate, add the gradient to .grad. Returns the numbers of the step."""
-    G, task, estimate = setup.config.num_generations, setup.task, setup.estimate
+def roll_out(setup, prompts, generator):
+    """G answers to each prompt: the Rollout, rewards R (B,), step rewards or None, and what is said of them."""
+    G, task = setup.config.num_generations, setup.task
     # Each prompt G times in a row: the G neighbours are the group whose rewards are compared.
     ids, attention_mask, answer = (x.repeat_interleave(G, 0) for x in encode(setup, prompts))  # (B, L)
-    micro_batch, asked = evaluation.rows_per_pass(setup, ids), [prompt for prompt in prompts for _ in range(G)]
+    asked = [prompt for prompt in prompts for _ in range(G)]
 
     def judge(questions, ids):  # of step rewards: (N,), (N, L) -> (N,)
         texts = decode(setup, ids, answer[:1].to(ids.device).expand(ids.shape))
         return torch.tensor([task.reward(text, prompts[i]) for text, i in zip(texts, questions.tolist())])
 
-    noting = variants.GreedyCompletions(setup.model) if getattr(estimate, "needs_step_rewards", False) else None
-    rollout = variants.ROLLOUTS[setup.run.unmasking]
-    run = rollout(noting or setup.model, ids, attention_mask, setup.config, generator, micro_batch)
+    needs_step_rewards = getattr(setup.estimate, "needs_step_rewards", False)
+    model = variants.GreedyCompletions(setup.model) if needs_step_rewards else setup.model
+    inputs = ids, attention_mask, setup.config, generator, evaluation.rows_per_pass(setup, ids)
+    run = variants.ROLLOUTS[setup.run.unmasking](model, *inputs)
     answers = list(zip(decode(setup, run.ids, answer), asked))
     rewards = torch.tensor([task.reward(*answer) for answer in answers])  # R (B,)
-    step_rewards = noting.step_rewards(run, judge, G) if noting else None  # rows (B,) -> r_t (B, m)
-    A, w = estimate(run, rewards, setup.config, generator, step_rewards)  # (B, m) each
-    shape = len(rewards), run.sampling_steps
-    require(w.shape == shape, f"{setup.run.algorithm}: weights of shape {tuple(w.shape)}, not {shape}")
-    options = {"config": setup.config, "micro_batch": micro_batch, "penalty": setup.penalty}
-    stats = setup.accumulate(setup.model, run, advantages=A, weights=w, **options)
     written = (run.unmask_step >= 0) & (run.unmask_step < run.sampling_steps)  # (B, L): by the policy
     groups = rewards.view(-1, G)
-    return {
+    said = {
         "reward": rewards.mean().item(),
         "accuracy": sum(task.is_correct(*answer) for answer in answers) / len(answers),
         "entropy": run.entropies[written].mean().item(),  # nats per written token
         "signal": (groups != groups[:, :1]).any(1).float().mean().item(),  # share of groups that disagree
-        **stats,
     }
+    return run, rewards, model.step_rewards(run, judge, G) if needs_step_rewards else None, said
+
+
+def add_gradient(setup, run, rewards, step_rewards, generator):
+    """Estimate, and add the gradient to .grad. Returns the statistics of agrpo.accumulate_gradient."""
+    A, w = setup.estimate(run, rewards, setup.config, generator, step_rewards)  # (B, m) each
+    shape = len(rewards), run.sampling_steps
+    require(w.shape == shape, f"{setup.run.algorithm}: weights of shape {tuple(w.shape)}, not {shape}")
+    options = {"micro_batch": evaluation.rows_per_pass(setup, run.ids), "penalty": setup.penalty}
+    return setup.accumulate(setup.model, run, advantages=A, weights=w, config=setup.config, **options)
 
 
 def with_algorithm(setup):

@@ -19,6 +19,7 @@ Below the estimators: what they are made of, penalties (KL, entropy), and low-co
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -119,7 +120,7 @@ class GreedyCompletions:
 
     @staticmethod
     def keys(ids, attention_mask):
-        return [row.tobytes() for row in torch.cat([ids, attention_mask], 1).cpu().numpy()]
+        return [row.tobytes() for row in ids.masked_fill(~attention_mask, -1).cpu().numpy()]  # padding: any token
 
     def step_rewards(self, run, judge, G):
         """What an estimator calls: rows (B,) bool -> r (B, m), 0 for other rows and after the last step.
@@ -230,18 +231,15 @@ def entropy_penalty(bonus, config, mask_token_id):
 
 
 # -------------------------------------------------------------------------------- low-confidence unmasking
-def unmask_low_confidence(model, run, rows, t, block, count, config, uniforms, micro_batch, remember=None):
+def unmask_low_confidence(model, run, t, block, count, config, uniforms, micro_batch, remember=None):
     """A step for agrpo.rollout: draw every [MASK] of the block, keep the `count` most confident. At temperature 0 this
-    is LLaDA's decoding. remember(rows, positions, tokens, log-probabilities, entropies) is told all that was drawn."""
-    for part in rows.split(micro_batch or len(rows)):
-        hidden = block[part] & (run.ids[part] == run.mask_token_id)  # (b, L), N in all
-        drawn = agrpo.draw_tokens(model, run, part, hidden, config, uniforms)  # three of (N,)
-        confidence = torch.full(hidden.shape, -torch.inf, dtype=drawn[1].dtype, device=hidden.device)
-        best = confidence.masked_scatter(hidden, drawn[1]).topk(count).indices  # (b, count)
-        kept = torch.zeros_like(hidden).scatter(1, best, True)
-        agrpo.write(run, part, t, kept, *(x[kept[hidden]] for x in drawn))
-        if remember:
-            remember(part, hidden, *drawn)
+    is LLaDA's decoding. remember(t, positions, drawn) is told all that was drawn."""
+    hidden = block & (run.ids == run.mask_token_id)  # (B, L)
+    drawn = agrpo.draw_tokens(model, run, hidden, config, uniforms, micro_batch)  # three of (B, L)
+    best = drawn[1].masked_fill(~hidden, -torch.inf).topk(count).indices  # (B, count)
+    agrpo.write(run, t, torch.zeros_like(hidden).scatter(1, best, True) & hidden, drawn)
+    if remember:
+        remember(t, hidden, drawn)
 
 
 @dataclass
@@ -267,23 +265,17 @@ class LowConfidenceRollout(Rollout):
 
 def rollout_low_confidence(model, ids, attention_mask, config, generator, micro_batch=None):
     """agrpo.rollout under low-confidence unmasking, as a LowConfidenceRollout."""
-    shape = len(ids), config.sampling_steps
-    drawn_ids = torch.full((*shape, ids.shape[1]), -1, device=ids.device)
-    logprobs, H = torch.zeros_like(drawn_ids, dtype=torch.float64), torch.zeros(shape, device=ids.device).double()
+    found = []
 
-    def step(model, run, rows, t, *rest):
-        def remember(rows, positions, tokens, logp, entropies):
-            row, column = positions.nonzero(as_tuple=True)
-            drawn_ids[rows[row], t, column], logprobs[rows[row], t, column] = tokens, logp.double()
-            H[:, t].index_add_(0, rows[row], entropies.double())
+    def remember(t, positions, drawn):
+        tokens, logprobs, H = drawn
+        found.append((tokens.masked_fill(~positions, -1), logprobs, H.sum(1)))
 
-        unmask_low_confidence(model, run, rows, t, *rest, remember=remember)
-
+    step = partial(unmask_low_confidence, remember=remember)
     run = agrpo.rollout(model, ids, attention_mask, config, generator, micro_batch, step)
-    m = run.sampling_steps
-    return LowConfidenceRollout(
-        **vars(run), drawn_ids=drawn_ids[:, :m], drawn_logprobs=logprobs[:, :m], drawn_entropy=H[:, :m]
-    )
+    drawn_ids, drawn_logprobs, drawn_entropy = (torch.stack(tables, 1) for tables in zip(*found))
+    drawn = {"drawn_ids": drawn_ids, "drawn_logprobs": drawn_logprobs, "drawn_entropy": drawn_entropy}
+    return LowConfidenceRollout(**vars(run), **drawn)
 
 
 def rollout_kept(model, ids, attention_mask, config, generator, micro_batch=None):

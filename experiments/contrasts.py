@@ -11,7 +11,7 @@ import agrpo
 
 
 def diffu_grpo(model, run, *, advantages, weights, config, micro_batch, penalty=None):
-    """Gradient of -(1/B) sum_i A_i w_i sum_u log p(o_u | given, all [MASK]): one pass per completion, w = 1/m.
+    """Gradient of -(1/B) sum_i A_i w_i sum_u log p(o_u | given, all [MASK]): one pass per question, w = 1/m.
 
     diffu-GRPO of d1 (arXiv 2504.12216), without the masks that it puts on the prompt. Every token is scored as if it
     had been drawn in the first step, blind to the others: the mean field of the policy. Exact for m = 1 alone."""
@@ -54,13 +54,13 @@ def likelihood_gradient(model, run, masked, factor, config, micro_batch, penalty
     agrpo.require(config.temperature > 0, "temperature 0 has no gradient: train with a positive temperature")
     agrpo.require(not config.top_k and config.top_p == 1, "the contrasts know no kept sets: no top_k, no top_p")
     agrpo.require(penalty is None, "the contrasts have no KL and no entropy bonus")
-    rows, total = factor.nonzero()[:, 0], 0.0  # a completion without advantage has gradient exactly 0
-    for row in rows.split(micro_batch) if len(rows) else ():
-        chosen, ids = masked[row], run.ids[row]  # b rows, N masked positions
-        seen = ids.masked_fill(chosen, model.mask_token_id)
-        logits = model(seen, attention_mask=run.attention_mask[row], positions=chosen)  # (N, V)
-        logp = agrpo.token_logprobs(logits, model.mask_token_id, config).gather(1, ids[chosen][:, None]).squeeze(1)
-        loss = -(factor[row][chosen.nonzero()[:, 0]] * logp).sum() / len(masked)
+    chosen = masked & (factor != 0)[:, None]  # a completion without advantage has gradient exactly 0
+    seen, total, sequences = run.ids.masked_fill(masked, model.mask_token_id), 0.0, 0
+    for rows, (ids, mask, wanted), place in agrpo.distinct_passes(seen, run.attention_mask, chosen, micro_batch):
+        logits = model(ids, attention_mask=mask, positions=wanted)  # (N', V)
+        tokens = run.ids[rows][chosen[rows]]  # (N,)
+        logp = agrpo.token_logprobs(logits, model.mask_token_id, config)[place, tokens]
+        loss = -(factor[rows][chosen[rows].nonzero()[:, 0]] * logp).sum() / len(masked)
         loss.backward()
-        total += loss.item()
-    return {"loss": total, "clip_fraction": 0.0, "penalty": 0.0, "ratio_error": 0.0, "evaluations": len(rows)}
+        total, sequences = total + loss.item(), sequences + len(ids)
+    return {"loss": total, "clip_fraction": 0.0, "penalty": 0.0, "ratio_error": 0.0, "evaluations": sequences}

@@ -116,7 +116,7 @@ def scores(model, run, config):
     def logp(parameters, pair):  # `positions` would not vmap
         (ids, action), tokens = pair, pair[1].clamp(min=0)
         logits = functional_call(model, parameters, (ids[None], run.attention_mask[:1]))[0]  # (L, V)
-        log_pi = agrpo.token_logprobs(logits, run.mask_token_id, config, tokens).gather(1, tokens[:, None])
+        log_pi = agrpo.token_logprobs(logits, run.mask_token_id, config).gather(1, tokens[:, None])
         return log_pi.squeeze(1).where(action >= 0, 0).sum()
 
     with sdpa_kernel(SDPBackend.MATH):  # the one that vmaps
@@ -272,8 +272,8 @@ EXACT = {  # what claims to be unbiased, and is
     "r_t ramp gated, G = 3": row({}, THREES, RAMP),
     "r_t, G = 3, blocks of two, early stop": row(BLOCKS, THREES, stepwise),
     "r_t ramp gated, G = 3, blocks of two, early stop": row(BLOCKS, THREES, RAMP),
-    "given before, between and after (infilling)": row(INFILLING, ENTROPY),
-    "given before and between, padding after, early stop": row(PADDED | BLOCKS, ENTROPY),
+    "infilling: given before, between and after": row(INFILLING, ENTROPY),
+    "infilling, padding after, early stop": row(PADDED | BLOCKS, ENTROPY),
     "low confidence, every step": row(CONFIDENT, {}),
     "low confidence, uniform": row(CONFIDENT, ONE),
     "low confidence, entropy": row(CONFIDENT, ENTROPY | ONE),

@@ -101,7 +101,7 @@ def finish(name, value, draw, size, panels=(1, 1)):
 
     RESULTS.mkdir(parents=True, exist_ok=True)
     file = RESULTS / f"estimators-{name}.json"
-    write_json(file, {"command": f"python experiments/{name}.py"} | value)
+    write_json(file, {"command": f"python experiments/{name.partition('-')[0]}.py"} | value)
     figure, axes = plt.subplots(*panels, figsize=size, squeeze=False)
     draw(axes.flatten())
     figure.tight_layout()

@@ -63,6 +63,7 @@ class Scale:
 
     seeds: int = 5
     evaluations: int = 120_000  # model evaluations of a learning run: sequences of rollouts and updates
+    updates: int = 0  # if given, a run ends after so many updates instead
     base_steps: int = 1000
     prompts: int = 16  # per update
     questions: int = 1000  # test questions at the end of a run
@@ -108,7 +109,11 @@ def learn(task, seed, variant, scale, test_steps=()):
     # What is measured is the policy at temperature 1, also of those that were trained at another.
     decoded = replace(run, eval_steps=tuple(test_steps) or (config.sampling_steps,))
     measured = replace(setup, run=decoded, config=replace(config, temperature=1.0))
-    history, curve, used, evaluations = [], [], 0, scale.evaluations * variant.trained
+    history, curve, used = [], [], 0
+
+    def progress():  # 0 to 1
+        done = len(history) / scale.updates if scale.updates else used / scale.evaluations
+        return min(done, 1) if variant.trained else 1
 
     def check():
         sampled = evaluation.grade(measured, validation[: scale.questions // 2], "sampled")
@@ -118,14 +123,13 @@ def learn(task, seed, variant, scale, test_steps=()):
         curve.append(point)
 
     check()
-    while used < evaluations:
-        share = used / evaluations  # warm-up, constant, to zero over the last fifth: as in train.py
+    while (share := progress()) < 1:  # warm-up, constant, to zero over the last fifth: as in train.py
         rate = run.learning_rate * min(1, (len(history) + 1) / 10, 5 * (1 - share))
         optimizer.param_groups[0]["lr"] = rate
         passed.clear()
         history.append(train.update(setup, rng.choices(examples, k=scale.prompts), optimizer, generator))
         used += sum(passed)
-        if used >= min(evaluations * len(curve) / scale.checks, evaluations):
+        if progress() >= min(len(curve) / scale.checks, 1):
             check()
     return {
         "curve": curve,

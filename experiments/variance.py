@@ -69,15 +69,9 @@ def measure_variance(task, m, updates, batches, prompts, base_steps, seed=0):
 
 def roll_out(setup, prompts, generator):
     """A batch of G completions per prompt: the Rollout, rewards R (B,), step rewards r_t (B, m); nothing is learnt."""
-    seen = []
-
-    def estimate(run, rewards, config, generator, step_rewards):
-        seen.extend([run, rewards.double(), step_rewards(torch.ones(len(rewards), dtype=torch.bool)).double()])
-        return torch.zeros(2, *seen[-1].shape)
-
-    estimate.needs_step_rewards = True
-    train.policy_gradient(replace(setup, estimate=estimate), prompts, generator)
-    return seen
+    setup = replace(setup, estimate=variants.agrpo_sa)  # which asks for step rewards
+    run, rewards, step_rewards, _ = train.roll_out(setup, prompts, generator)
+    return run, rewards.double(), step_rewards(torch.ones(len(rewards), dtype=torch.bool)).double()
 
 
 def advantages_of(run, R, r, config):

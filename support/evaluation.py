@@ -102,7 +102,7 @@ def policy(setup, kind, steps=None):
     """(config, rollout function) of what is measured: "sampled" as trained, or "greedy", as a model is served: in every
     step the likeliest tokens of all, no randomness."""
     run, config = setup.run, replace(setup.config, sampling_steps=steps or setup.config.sampling_steps)
-    config = replace(config, block_length=run.eval_block or config.block_length)
+    config = replace(config, block_length=run.eval_block or config.block_length, shared_order=False)  # no groups here
     if kind == "greedy":
         return replace(config, temperature=0.0, top_k=None, top_p=1.0), variants.rollout_kept
     return config, agrpo.rollout if run.unmasking == "random" else variants.rollout_kept

@@ -35,6 +35,7 @@ class RunConfig:
     max_steps: int = 600  # policy-gradient updates
     learning_rate: float = 5e-4  # peak, AdamW
     gradient_clip: float = 0.2  # largest norm of the gradient
+    updates_per_rollout: int = 1  # optimizer steps on a rollout, each with fresh draws of timesteps
     prompts_per_step: int = 32  # prompts per update over all processes, each with num_generations completions
     tokens_per_pass: int = 5120  # per forward and backward pass, prompts included: lower it if memory runs out
     gradient_checkpointing: bool = False  # store one activation per layer, compute the rest again: less memory
@@ -202,7 +203,7 @@ def check(run, config):
     choices |= {"eval_split": ("test", "validation"), "tracker": ("", "tensorboard", "wandb")}
     for name, values in choices.items():
         require(getattr(run, name) in values, f"{flag(name)} {getattr(run, name)}: choose from {', '.join(values)}")
-    least = dict.fromkeys(("prompts_per_step", "tokens_per_pass", "eval_every", "save_every"), 1)
+    least = dict.fromkeys(("prompts_per_step", "updates_per_rollout", "tokens_per_pass", "eval_every", "save_every"), 1)
     least |= dict.fromkeys(("max_steps", "base_steps", "lora_rank", "eval_prompts", "beta", "entropy_bonus"), 0)
     for name, bound in least.items():
         value = getattr(run, name)

@@ -38,6 +38,23 @@ def make_infillings(batch=6):
     return ids, mask
 
 
+class Recorder:
+    """A model that remembers its inputs."""
+
+    def __init__(self, model):
+        self.model, self.calls = model, []
+        self.mask_token_id, self.eos_token_id = model.mask_token_id, model.eos_token_id
+
+    def __call__(self, ids, attention_mask, positions):
+        self.calls.append((ids.clone(), attention_mask, positions))
+        return self.model(ids, attention_mask, positions)
+
+
+def distinct(ids, attention_mask):
+    """The distinct states (S, L) of rows (B, L), padding -1, and which of them every row is in (B,)."""
+    return ids.masked_fill(~attention_mask, -1).unique(dim=0, return_inverse=True)
+
+
 def make_rollout(model, config, seed=2, questions=make_questions, **options):
     return agrpo.rollout(model, *questions(), config, torch.Generator().manual_seed(seed), **options)
 

@@ -106,6 +106,18 @@ def test_the_scale_does_not_depend_on_the_batch_and_parts_of_it_add_up(model):
     assert torch.allclose(once, gradient(model), atol=1e-6)
 
 
+def test_a_step_without_entropy_can_still_be_drawn(model):
+    """Its gradient need not be 0 where rounding says that the model had no choice. Also if no step has any."""
+    config = make_config(importance_sampling="entropy")
+    run = make_rollout(model, config)
+    run.entropies.masked_fill_(run.unmask_step == 1, 0)
+    q = agrpo.proposal(run, config)
+    assert (q > 0).all() and (q[:, 1] < 1e-8).all() and torch.allclose(q.sum(1), torch.ones(6).double())
+    run.entropies.zero_()
+    assert torch.allclose(agrpo.proposal(run, config), FULL)
+    assert (variants.batch_proposal(run, torch.ones(6, 4)) > 0).all()
+
+
 class Uniform:
     mask_token_id, eos_token_id = MASK, EOS
 

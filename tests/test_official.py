@@ -104,6 +104,6 @@ def test_a_drawn_token_stays_in_the_kept_set(model):
     config = make_config(top_k=2)
     logits = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
     last = logits.index_fill(1, torch.tensor(MASK), torch.inf).argmin(1)
-    p = agrpo.token_logprobs(logits, MASK, config, last).exp()
+    p = agrpo.token_logprobs(logits, MASK, config, (torch.arange(5), last)).exp()
     assert ((p > 0).sum(1) == 3).all() and (p.gather(1, last[:, None]) > 0).all() and (p[:, MASK] == 0).all()
     assert torch.equal(p > 0, (agrpo.token_logprobs(logits, MASK, config).exp() > 0).scatter(1, last[:, None], True))

@@ -74,10 +74,11 @@ def test_the_clip_takes_the_gradient_where_the_ratio_has_moved_far_enough_and_no
 
 
 def test_advantages_are_centred_and_exactly_0_where_a_group_agrees():
-    rewards = torch.tensor([0.1] * 3 + [1.0, 0.0, 0.5] + [1 / 3] * 3)
-    advantages = agrpo.group_advantages(rewards, 3)
-    assert advantages.tolist() == pytest.approx([0, 0, 0, 0.5, -0.5, 0, 0, 0, 0])
-    assert (advantages[[0, 1, 2, 6, 7, 8]] == 0).all()  # not 3e-8
+    advantages = agrpo.group_advantages(torch.tensor([0.1] * 3 + [1.0, 0.0, 0.5]), 3)
+    assert advantages.tolist() == pytest.approx([0, 0, 0, 0.5, -0.5, 0])
+    for G in range(2, 12):
+        for reward in (0.1, 1 / 3, 0.7, 1.1):
+            assert (agrpo.group_advantages(torch.full((2 * G,), reward), G) == 0).all()  # not 3e-8
     with pytest.raises(ValueError, match="not finite"):
         agrpo.group_advantages(torch.tensor([0.0, float("nan")]), 2)
 
