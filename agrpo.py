@@ -69,8 +69,7 @@ class AGRPOConfig:
     def __post_init__(self):
         least = {"sampling_steps": 1, "block_length": 1, "mc_samples": 1, "num_generations": 2, "temperature": 0}
         for name, bound in (least | {"top_k": 0, "epsilon_low": 0, "epsilon_high": 0}).items():
-            value = getattr(self, name)
-            require(value is None or value >= bound, f"{name} is {value}: at least {bound}")
+            require((value := getattr(self, name)) is None or value >= bound, f"{name} is {value}: at least {bound}")
         require(0 < self.top_p <= 1 and self.epsilon_low <= 1, "top_p is in (0, 1], epsilon_low at most 1")
         require(self.importance_sampling in ("uniform", "entropy"), "importance_sampling: choose uniform or entropy")
 
@@ -84,15 +83,15 @@ def require(condition, message):
 def token_logprobs(logits, mask_token_id, config, drawn=None):
     """log pi(. | s) at N positions: the only softmax here. Rollout, ratio, entropy and KL all go through it.
     logits (N, V) -> (N, V) in float32 or better. [MASK] has probability 0: an answer with it would not be finished.
-    What top-k, then top-p leave out has probability 0 as well. drawn: indices of positions, and tokens drawn there,
-    which stay: at a first update that is the set they were drawn from, so none is stored. A set has no gradient."""
+    What top-k, then top-p leave out has probability 0 as well. drawn: indices of positions, and tokens that rows drew
+    there; they stay. At a first update that is the set they were drawn from: none is stored, and it has no gradient."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / (config.temperature or 1.0)
     never = torch.finfo(logits.dtype).min  # finite, so that p log p = 0 * never = 0 where -inf would give nan
     logits = logits.index_fill(-1, torch.tensor(mask_token_id, device=logits.device), never).clamp(min=never)
     if config.top_k or config.top_p < 1:
         top, words = logits.detach().topk(min(config.top_k or logits.shape[-1], logits.shape[-1]))  # descending
         p = top.softmax(-1)
-        within = (p.cumsum(-1) - p < config.top_p) | (config.top_p == 1)  # the word that crosses top_p included
+        within = ~(p.cumsum(-1) - p >= config.top_p) | (config.top_p == 1)  # the word that crosses it, too; and nan
         kept = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, words, within)  # (N, V)
         if drawn is not None:
             kept[drawn] = True
@@ -175,6 +174,7 @@ def draw_order(batch, plan, config, generator):
     policy, and no gradient flows through it: that is why a group may share it, and the states that then coincide."""
     counts, G = torch.tensor([c for *_, counts in plan for c in counts]), config.num_generations
     step_of, G = torch.arange(len(counts)).repeat_interleave(counts), G if config.shared_order else 1  # step_of (n,)
+    require(batch % G == 0, f"shared_order: {batch} rows are not groups of {G}")
     u = uniforms((batch // G, len(step_of)), generator).repeat_interleave(G, 0).cpu()  # (B, n)
     return torch.cat([step_of[first:last][u[:, first:last].argsort(1)] for first, last, _ in plan], 1)
 
@@ -208,8 +208,10 @@ def draw_tokens(model, run, positions, config, uniforms, micro_batch):
         logp = token_logprobs(model(ids, attention_mask=mask, positions=wanted), run.mask_token_id, config)  # (N', V)
         row, column = positions[rows].nonzero(as_tuple=True)
         at = rows[row], column
-        u = uniforms[at][:, None]  # (N, 1)
-        drawn = inverse_cdf(logp.exp()[place], u).squeeze(1) if config.temperature > 0 else logp.argmax(1)[place]
+        drawn, p = logp.argmax(1)[place], logp.exp()  # (N,), (N', V)
+        if config.temperature > 0:  # in parts of N', as many rows may share a place
+            parts = zip(place.split(len(p)), uniforms[at][:, None].split(len(p)))
+            drawn = torch.cat([inverse_cdf(p[i], u).squeeze(1) for i, u in parts])
         tokens[at], logprobs[at], H[at] = drawn, logp[place, drawn].double(), entropy(logp)[place].double()
     return tokens, logprobs, H
 
@@ -236,24 +238,23 @@ def stop_early(run, block):
 def rollout(model, ids, attention_mask, config, generator, micro_batch=None, step=unmask_random):
     """Fill in the [MASK] of ids (B, L), of which every row has the same number n: B trajectories under the policy.
     model(input_ids (B, L), attention_mask= (B, L) bool, False: padding, positions= (B, L) bool) gives logits (N, V) at
-    the positions, row by row, and has a mask_token_id and an eos_token_id. `step` says which positions come next.
-    micro_batch sequences per pass, None: all, bound memory and change no draw. Raises ValueError on unequal rows."""
+    the positions, row by row, and has a mask_token_id and an eos_token_id. `step` says which positions come next; if it
+    ranks them by what it drew, that is the action, and more than is written (variants.py). micro_batch sequences per
+    pass, None: all, bound memory and change no draw. Raises ValueError on unequal rows."""
     blank = ids == model.mask_token_id  # (B, L)
     n, slot = int(blank[0].sum()), blank.cumsum(1) - 1  # slot (B, L): the index among the [MASK] of its row
     require(bool((blank.sum(1) == n).all()), "every row needs the same number of [MASK]")
     plan, zeros = schedule(n, config), torch.zeros_like(ids, dtype=torch.float64)
     order = torch.full_like(ids, -1).masked_scatter(blank, draw_order(len(ids), plan, config, generator).to(ids))
     tables = ids.clone(), attention_mask, order, zeros.clone(), zeros.clone(), torch.zeros_like(ids[:, 0])
-    run = Rollout(*tables, sum(len(counts) for *_, counts in plan), model.mask_token_id, model.eos_token_id)
-    t = 0
-    for first, last, counts in plan:
+    steps = [(first, last, count) for first, last, counts in plan for count in counts]
+    run = Rollout(*tables, len(steps), model.mask_token_id, model.eos_token_id)
+    for t, (first, last, count) in enumerate(steps):
         block = blank & (slot >= first) & (slot < last)
-        for count in counts:
-            # One for every [MASK], used or not: a row's draws must not depend on which others are running.
-            u = zeros.masked_scatter(blank, uniforms((len(ids), n), generator).to(ids.device))  # (B, L)
-            step(model, run, t, block, count, config, u, micro_batch)
-            run.steps_taken += (run.unmask_step == t).any(1)
-            t += 1
+        # One for every [MASK], used or not: a row's draws must not depend on which others are running.
+        u = zeros.masked_scatter(blank, uniforms((len(ids), n), generator).to(ids.device))  # (B, L)
+        step(model, run, t, block, count, config, u, micro_batch)
+        run.steps_taken += (run.unmask_step == t).any(1)
         stop_early(run, block)
     return run
 
@@ -289,9 +290,8 @@ def timestep_weights(q, u):
 
 
 def sample_timesteps(run, config, generator):
-    """w (B, m) float64: what each step counts for, 0 where it was not drawn.
-    low_discrepancy: one uniform U per completion, u_j = (j + U) / k. Each u_j is uniform on its k-th of [0, 1), and
-    together they cover it once: the expectation is the same, the variance usually smaller."""
+    """w (B, m) float64: what each step counts for, 0 where it was not drawn. low_discrepancy: one uniform U per row,
+    u_j = (j + U) / k: each is uniform on its k-th of [0, 1), so the mean is the same, the variance usually smaller."""
     k = min(config.mc_samples, run.sampling_steps)
     u = uniforms((len(run.ids), 1 if config.low_discrepancy else k), generator).to(run.ids.device)
     u = (torch.arange(k, device=u.device) + u) / k if config.low_discrepancy else u  # (B, k)
@@ -337,10 +337,10 @@ def accumulate_gradient(model, run, *, advantages, weights, config, micro_batch,
         error = torch.maximum(error, (ratio - 1).abs().max())  # unlike max(), it keeps a nan
     total, tokens, clipped, penalties, sequences = sums.tolist()
     return {
-        "loss": total,  # about 0 at rho = 1, whatever was learnt: minus a weighted mean of centred advantages
+        "loss": total,  # no measure of progress: at rho = 1 minus a weighted mean of centred advantages, about 0
         "clip_fraction": clipped / max(tokens, 1),  # share of the tokens whose gradient the clip removed
         "penalty": penalties / max(tokens, 1),  # per token at the drawn steps
-        "ratio_error": error.item(),  # largest |rho - 1|: rounding alone, right after a rollout
+        "ratio_error": error.item(),  # largest |rho - 1|: rounding (of top_p's edge too), right after a rollout
         "evaluations": int(sequences),  # sequences run forward and backward
     }
 

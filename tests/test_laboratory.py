@@ -159,17 +159,16 @@ def test_the_interval_is_students():
 def test_evaluations_count_rollouts_updates_and_the_reference(out, monkeypatch, flags, passes):
     """With a KL to a reference model, every sequence of an update goes through two models; validations do not count."""
     monkeypatch.setattr(runner, "FOLDER", out / "runs")
-    done, update = [], runner.train.update
-
-    def noted(*inputs):
-        done.append(update(*inputs))
-        return done[-1]
-
-    monkeypatch.setattr(runner.train, "update", noted)
+    done, update, rolled, roll_out = [], runner.train.update, [], runner.train.roll_out
+    monkeypatch.setattr(runner.train, "update", lambda *inputs: done.append(update(*inputs)) or done[-1])
+    monkeypatch.setattr(runner.train, "roll_out", lambda *inputs: rolled.append(roll_out(*inputs)) or rolled[-1])
     variant = {"label": "", "m": 4, "flags": flags}
-    scale = {"evaluations": 90, "base_steps": 5, "prompts": 3, "questions": 5, "checks": 1}
+    scale = {"evaluations": 9, "base_steps": 5, "prompts": 3, "questions": 5, "checks": 1}
     points = runner.learn("countdown", 0, variant, scale)["curve"]
-    assert [point["evaluations"] for point in points] == [0, 3 * 8 * 4 + done[0]["evaluations"] * passes]
+    run = rolled[0][0]  # a rollout runs each distinct state of a step once
+    states = sum(len(run.state_at(torch.full_like(run.steps_taken, t)).unique(dim=0)) for t in range(4))
+    assert [point["evaluations"] for point in points] == [0, states + done[0]["evaluations"] * passes]
+    assert 4 * 3 <= states < 3 * 8 * 4
     assert done[0]["evaluations"] > 0 or passes == 1  # without a signal, a KL alone asks for an update
 
 
