@@ -5,9 +5,10 @@
     python experiments/speed.py llada           LLaDA-8B's full size, LoRA: one GPU of 80 GB
     python experiments/speed.py llada-small     the same script on a CPU, in seconds
 
-Random weights and questions. A rollout contains one forward pass per step, an update one forward and backward pass per
-micro-batch. Their inputs are recorded and the bare passes run again, alone: the ratio is what sampling, bookkeeping and
-the objective add.
+Random weights and questions, groups of 8 with a common order, logits sharpened until at most a third of the states are
+distinct, as in training. The inputs of the passes that rollout and update make, each distinct state once, are recorded,
+and the bare passes run again, alone: forward, the head at the wanted positions, one log-softmax. The ratio is what
+finding equal states, sampling, bookkeeping and the objective add.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import resource
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -77,9 +78,11 @@ def random_model(setting):
 
 def measure(setting):
     """{"rollout": numbers, "update": numbers}."""
-    model, config, (given, n) = random_model(setting), setting.config, setting.lengths
-    shape, generator = (setting.completions, given), torch.Generator().manual_seed(0)
-    ids = torch.randint(model.eos_token_id, shape, generator=generator)
+    model, config, (given, n) = random_model(setting), replace(setting.config, shared_order=True), setting.lengths
+    G, generator = min(config.num_generations, setting.completions), torch.Generator().manual_seed(0)
+    config = replace(config, num_generations=G)
+    questions = torch.randint(model.eos_token_id, (setting.completions // G, given), generator=generator)
+    ids = questions.repeat_interleave(G, 0)
     ids = F.pad(ids, (0, n), value=model.mask_token_id).to(DEVICE)  # (B, L)
 
     def rollout():
@@ -89,6 +92,9 @@ def measure(setting):
         tables = {"advantages": torch.ones(len(ids)), "weights": agrpo.sample_timesteps(run, config, generator)}
         agrpo.accumulate_gradient(model, run, **tables, config=config, micro_batch=setting.micro_batch)
 
+    head = weights.unwrapped(model).model.transformer.ff_out.weight
+    while sum(len(args[0]) for _, (args, _) in passes_of(rollout, model)) > len(ids) * config.sampling_steps / 3:
+        head.data *= 2
     run = rollout()
     return {part.__name__: numbers(part, model, len(ids) * n, setting) for part in (rollout, update)}
 
@@ -122,9 +128,9 @@ def bare(model, passes):
     """The passes again, alone."""
     for with_gradient, (args, kwargs) in passes:
         with torch.set_grad_enabled(with_gradient):
-            logits = model(*args, **kwargs)
+            logp = model(*args, **kwargs).float().log_softmax(-1)
         if with_gradient:
-            logits.sum().backward()
+            logp.sum().backward()
 
 
 def seconds(function, clock=time.perf_counter):
