@@ -91,7 +91,7 @@ def token_logprobs(logits, mask_token_id, config, drawn=None):
     if config.top_k or config.top_p < 1:
         top, words = logits.detach().topk(min(config.top_k or logits.shape[-1], logits.shape[-1]))  # descending
         p = top.softmax(-1)
-        within = ~(p.cumsum(-1) - p >= config.top_p) | (config.top_p == 1)  # the word that crosses it, too; and nan
+        within = ~(p.cumsum(-1) - p >= config.top_p) | (config.top_p == 1)  # the crossing word, and nan
         kept = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, words, within)  # (N, V)
         if drawn is not None:
             kept[drawn] = True
@@ -386,7 +386,7 @@ def demonstration():
         digits = run.ids[:, 1:]  # (B, 4)
         rewards = ((digits < 10).all(1) & (digits.sum(1) % 5 == given[:, 0])).float()  # R (B,)
         for _ in range(2):
-            A, w = estimate(run, rewards, config, generator)
+            A, w = estimate(run, rewards, config, generator)  # in each update steps are drawn anew
             optimizer.zero_grad()
             stats = accumulate_gradient(model, run, advantages=A, weights=w, config=config, micro_batch=512)
             optimizer.step()
