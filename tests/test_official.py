@@ -74,7 +74,9 @@ TRUNCATED = {"importance_sampling": "entropy", "temperature": 0.6, "top_k": 6, "
 def test_the_gradient_is_that_of_the_official_formula(model, options, moved, lora, paper, monkeypatch):
     config = make_config(sampling_steps=8, low_discrepancy=False, num_generations=3, **options)
     model = adapted(model) if lora else model
-    run, sampler = make_rollout(model, config), copy.deepcopy(model)
+    run, sampler = make_rollout(model, config, seed=3), copy.deepcopy(model)
+    last = run.unmask_step.where(run.ids != EOS, -1).amax(1)
+    assert (last + 1 < run.steps_taken)[ADVANTAGES != 0].any()  # a last step that wrote <eos>: the horizons differ
     if moved:  # a later update on the same rollout: ratios differ from 1, and the clip acts
         with torch.no_grad():
             for i, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
