@@ -3,7 +3,7 @@
     python experiments/collapse.py      12 minutes
 
 Claim: a KL term or an entropy bonus keeps more groups with a signal to learn from, and within runs of this length that
-wins nothing back. Countdown, m = k = 2, 180,000 evaluations. One update per rollout: the clip never acts.
+wins nothing back. Countdown, m = k = 2, 60,000 evaluations. One update per rollout: the clip never acts.
 """
 
 import sys
@@ -24,7 +24,7 @@ CLAIMS += [(f"{v.label}: more answers are right", v, PLAIN) for v in REMEDIES]
 
 
 def finding(scale):
-    compare("collapse", scale, {"entropy collapse": [PLAIN, *REMEDIES]}, CLAIMS, evaluations=180_000)
+    compare("collapse", scale, {"entropy collapse": [PLAIN, *REMEDIES]}, CLAIMS, evaluations=60_000)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Which estimator learns fastest at equal numbers of model evaluations?
+"""Which estimator learns fastest at equal numbers of model evaluations, and which of its parts does it?
 
     python experiments/curves.py        28 minutes on two cores
 
-Claim: ours beats the draws of AGRPO's published code; entropy weights beat uniform ones; EGSPO's KL costs more than it
-brings. Eighteen estimators on Countdown, m = 6, 16 questions x 8 completions per update, five seeds, each with a base
-model of its own. Exploratory: confirm.py asks ten other seeds.
+Twenty estimators on Countdown, m = 6, 16 questions x 8 completions per update, five seeds, each with a base model of
+its own; two by two, the control that the papers lack; the parts of ours at one timestep per completion. Exploratory:
+confirm.py asks ten other seeds.
 """
 
 import sys
@@ -35,17 +35,25 @@ BIASED = [
     DIFFU,
     Variant("ELBO, 2 samples", contrast="elbo"),
 ]
+ONE = Variant("entropy, k = 1", k=1, flags=ENTROPY)
+SHARED = Variant("entropy, shared by the batch, k = 1", k=1, draw="shared")
 FAMILIES = {
     "timesteps per completion": [OFFICIAL, *UNIFORM, Variant("full sum, k = 6", k=6)],
-    "how they are drawn": [OFFICIAL, INDEPENDENTLY, UNIFORM[1], *BY_ENTROPY],
-    "ours": [OFFICIAL, STEP_BASELINE, OURS_2, OURS_1],
+    "two by two": [INDEPENDENTLY, UNIFORM[1], *BY_ENTROPY],
+    "ours": [OFFICIAL, STEP_BASELINE, OURS_2],
+    "the parts of ours": [ONE, UNIFORM[0], SHARED, OURS_1],
     "biased": [OFFICIAL, *BIASED],
 }
 CLAIMS = [
     ("ours, k = 2, ends above the official draws", OURS_2, OFFICIAL),
-    ("entropy weights end above uniform ones, k = 2", BY_ENTROPY[0], UNIFORM[1]),
-    ("EGSPO ends higher without its KL", WITHOUT_KL, EGSPO),
     ("biased diffu-GRPO ends above ours", DIFFU, OURS_2),
+    ("EGSPO ends higher without its KL", WITHOUT_KL, EGSPO),
+    ("entropy weights help, low discrepancy", BY_ENTROPY[0], UNIFORM[1]),
+    ("entropy weights help, independent draws", BY_ENTROPY[1], INDEPENDENTLY),
+    ("low discrepancy helps, uniform", UNIFORM[1], INDEPENDENTLY),
+    ("low discrepancy helps, entropy", *BY_ENTROPY),
+    ("k = 1: sharing the draws helps", SHARED, ONE),
+    ("k = 1: the step baseline helps on top", OURS_1, SHARED),
 ]
 
 

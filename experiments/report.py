@@ -9,7 +9,7 @@ from support.runs import write_json
 
 RESULTS = Path(__file__).parent / "results"
 POLICIES = ("sampled", "greedy")
-T_975 = {2: 12.71, 4: 3.182, 5: 2.776, 10: 2.262, 24: 2.069}  # Student's t, by number of seeds or batches
+T_975 = {2: 12.71, 4: 3.182, 5: 2.776, 10: 2.262, 16: 2.131}  # Student's t, by number of seeds or batches
 
 
 def interval(values):

@@ -5,9 +5,9 @@ settings that returns JSON numbers. Processes of one thread each share them; a f
 under its settings and the code that its numbers depend on, and not repeated: an interrupted command goes on where it
 was, and findings share runs. --quick makes everything tiny: it shows that the code runs, and nothing else.
 
-Evaluations are sequences through the model: of rollouts, of updates, and of a reference model. The backward pass of an
-update is not counted (it makes its evaluation cost about three of the rollout). CPU seconds are those of a whole run,
-its validations and tests included.
+Evaluations are distinct sequences through the model: of rollouts, of updates, and of a reference model, with the common
+unmasking order of train.py's games. The backward pass of an update is not counted (it makes its evaluation cost about
+three of the rollout). CPU seconds are those of a whole run, its validations and tests included.
 """
 
 import argparse
@@ -62,7 +62,7 @@ class Scale:
     """How much of everything: the real thing, or --quick."""
 
     seeds: int = 5
-    evaluations: int = 120_000  # model evaluations of a learning run: sequences of rollouts and updates
+    evaluations: int = 40_000  # of a learning run: distinct sequences of rollouts and updates
     updates: int = 0  # if given, a run ends after so many updates instead
     base_steps: int = 1000
     prompts: int = 16  # per update

@@ -32,26 +32,30 @@ from support.runs import streams
 
 GROUP_MEAN, RAMP = "group mean", "c_t = t / m, gate"
 # The official draws count as independent ones: that they are stratified over the batch saves a third of a per cent.
-FULL, OFFICIAL, SHARED = "full sum", "entropy, independent", "shared by the batch"
+FULL, OFFICIAL, DEFAULT, SHARED = "full sum", "entropy, independent", "uniform, low discrepancy", "shared by the batch"
 
 
 # --------------------------------------------------------------------------------------------- one run
-def measure_variance(task, m, updates, batches, prompts, base_steps, seed=0):
+def measure_variance(task, m, updates, batches, prompts, base_steps, shared_order=True, seed=0):
     """Of the gradient sum_t w_t A S (the sum over steps, without the 1 / m of the loss), on a base model or after some
     updates of k = 2.
 
     Returns {"full": {baseline: products (batches, batches) of the full sums}, "added": {k: {draws: {baseline: [what
-    they add to the variance of each batch]}}}}."""
-    setup = runner.base_of(task, seed, base_steps, 0, "--sampling-steps", m, "--mc-samples", 2)
+    they add to the variance of each batch]}}}, "sequences": distinct states of a batch}."""
+    flags = "--sampling-steps", m, "--mc-samples", 2, "--shared-order" if shared_order else "--no-shared-order"
+    setup, passed = runner.base_of(task, seed, base_steps, 0, *flags), []
     examples = setup.task.load("train")
     rng, generator = streams(seed, "reinforce")
     optimizer = torch.optim.AdamW(setup.model.parameters(), lr=setup.run.learning_rate, weight_decay=0.0, fused=True)
     for _ in range(updates):
         train.update(setup, rng.choices(examples, k=16), optimizer, generator)
     rng, generator = streams(seed, "variance")
-    full, added = defaultdict(list), defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    full, added, sequences = defaultdict(list), defaultdict(lambda: defaultdict(lambda: defaultdict(list))), 0
+    setup.model.register_forward_pre_hook(lambda _, inputs: passed.append(len(inputs[0])))
     for _ in range(batches):
+        passed.clear()
         run, R, r = roll_out(setup, rng.choices(examples, k=prompts), generator)
+        sequences += sum(passed)
         S = torch.empty(len(R), m, sum(parameter.numel() for parameter in setup.model.parameters()))  # gigabytes
         for rows in torch.arange(len(R)).split(32):
             distinct, index = exact.scores(setup.model, run[rows], setup.config)
@@ -64,7 +68,8 @@ def measure_variance(task, m, updates, batches, prompts, base_steps, seed=0):
             for k in (k for k in (1, 2, 4) if k < m):
                 for name, value in added_by_draws(run, A, baselines[GROUP_MEAN], products, k).items():
                     added[f"k = {k}"][name][baseline].append(value / len(R) ** 2)
-    return {"full": {name: (torch.stack(g) @ torch.stack(g).T).tolist() for name, g in full.items()}, "added": added}
+    full = {name: (torch.stack(g) @ torch.stack(g).T).tolist() for name, g in full.items()}
+    return {"full": full, "added": added, "sequences": sequences / batches}
 
 
 def roll_out(setup, prompts, generator):
@@ -118,49 +123,66 @@ def low_discrepancy(rows, k):
 
 
 # ------------------------------------------------------------------------------------- the finding
+def full_sum(measured, baseline, keep):
+    """Of the batches `keep`: the variance of a batch's full sum, and the squared gradient."""
+    M = torch.tensor(measured["full"][baseline], dtype=torch.float64)[keep][:, keep]
+    own, cross = M.diagonal().mean(), (M.sum() - M.diagonal().sum()) / (len(M) * (len(M) - 1))
+    return (own - cross).item(), cross.item() or math.nan  # nan: no gradient, in --quick
+
+
+def variance(measured, k, draws, baseline, keep):
+    """Of a batch's gradient, the draws of its timesteps included."""
+    added = torch.tensor(measured["added"][k][draws][baseline])[keep].mean().item()
+    return full_sum(measured, baseline, keep)[0] + added
+
+
+def ratio(one, other, batches):
+    """[one(batches) / other(batches), half of its 95% interval], by a jackknife over batches."""
+    values = [one(keep) / (other(keep) or math.nan) for keep in (batches, *(batches[batches != i] for i in batches))]
+    return [values[0], T_975[len(batches)] * ((len(batches) - 1) * statistics.pvariance(values[1:])) ** 0.5]
+
+
 def summary(measured):
-    """Variance over the squared gradient {k: {draws: {baseline: x}}}, and ours over the official scheme's {k: [ratio,
-    half of its 95% interval]}, by a jackknife over batches."""
-    products = {name: torch.tensor(rows, dtype=torch.float64) for name, rows in measured["full"].items()}
-    batches = torch.arange(len(products[RAMP]))
-
-    def full(baseline, keep):
-        M = products[baseline][keep][:, keep]
-        own, cross = M.diagonal().mean(), (M.sum() - M.diagonal().sum()) / (len(M) * (len(M) - 1))
-        return (own - cross).item(), cross.item() or math.nan  # variance of a batch; squared gradient, 0 in --quick
-
-    def in_all(k, name, baseline, keep=batches):
-        return full(baseline, keep)[0] + torch.tensor(measured["added"][k][name][baseline])[keep].mean().item()
-
-    def ratio(k, keep=batches):
-        return in_all(k, SHARED, RAMP, keep) / (in_all(k, OFFICIAL, GROUP_MEAN, keep) or math.nan)
-
-    rows, ratios, square = {}, {}, full(RAMP, batches)[1]
+    """Variance over the squared gradient {k: {draws: {baseline: x}}}, and ours over the official scheme's {k: ratio}."""
+    batches = torch.arange(len(measured["full"][RAMP]))
+    rows, ratios, square = {}, {}, full_sum(measured, RAMP, batches)[1]
     for k, draws in measured["added"].items():
-        rows[k] = {name: {b: in_all(k, name, b) / square for b in baselines} for name, baselines in draws.items()}
-        error = ((len(batches) - 1) * statistics.pvariance([ratio(k, batches[batches != i]) for i in batches])) ** 0.5
-        ratios[k] = [ratio(k), T_975[len(batches)] * error]
+        of = partial(partial, variance, measured, k)
+        rows[k] = {name: {b: of(name, b)(batches) / square for b in baselines} for name, baselines in draws.items()}
+        ratios[k] = ratio(of(SHARED, RAMP), of(OFFICIAL, GROUP_MEAN), batches)
     return {"variance / squared gradient": rows, "ours / official": ratios}
 
 
 def finding(scale):
     quick, steps = scale == runner.QUICK, {"countdown": 3000, "sudoku": 600}  # as train.py has them
-    size = {"batches": 2, "prompts": 2} if quick else {"batches": 24, "prompts": 32}
+    size = {"batches": 2, "prompts": 2} if quick else {"batches": 16, "prompts": 32}
     cases = [("countdown", 6, 150), ("countdown", 6, 0), ("sudoku", 8, 0), ("sudoku", 8, 80), ("countdown", 2, 0)]
     jobs = [{"task": task, "m": m, "updates": u, "base_steps": steps[task]} | size for task, m, u in cases]
     jobs = [jobs[0] | {"updates": 1, "base_steps": scale.base_steps}] if quick else jobs
+    own_order = [job | {"shared_order": False} for job in jobs if not job["updates"] or quick]
     bases = [{"task": job["task"], "seed": 0, "base_steps": job["base_steps"]} for job in jobs]
     runner.do_all(runner.make_base, bases, "base models")
-    results = {}
-    for job, measured in zip(jobs, runner.do_all(measure_variance, jobs, "variance")):
-        name = f"{job['task'].capitalize()}, m = {job['m']}, {'trained' if job['updates'] else 'base'}"
-        results[name] = summary(measured)
-        for k, rows in results[name]["variance / squared gradient"].items():
+    done = runner.do_all(measure_variance, jobs + own_order, "variance")
+    results, orders = {}, {}
+    for job, measured in zip(jobs, done):
+        results[title(job)] = summary(measured)
+        for k, rows in results[title(job)]["variance / squared gradient"].items():
             cells = {label: [f"{x:.2f}" for x in row.values()] for label, row in rows.items()}
-            print_table(list(measured["full"]), cells, f"{name}, {k}: variance / squared gradient")
-            ratio, half = results[name]["ours / official"][k]
-            verdict("ours has less variance than the official draws", [1 - ratio, half], "% less")
-    finish("variance", {"settings": results}, partial(draw, results), (13, 6), (2, 3))
+            print_table(list(measured["full"]), cells, f"{title(job)}, {k}: variance / squared gradient")
+            less, half = results[title(job)]["ours / official"][k]
+            verdict("ours has less variance than the official draws", [1 - less, half], "% less")
+    for job, own in zip(own_order, done[len(jobs) :]):
+        common, k = done[jobs.index({name: job[name] for name in jobs[0]})], list(own["added"])[:2][-1]
+        of = [lambda keep, x=x: variance(x, k, DEFAULT, GROUP_MEAN, keep) for x in (common, own)]
+        more, half = ratio(*of, torch.arange(size["batches"]))
+        orders[title(job)] = {"variance": [more, half], "sequences": common["sequences"] / own["sequences"]}
+        print(f"{title(job)}: {orders[title(job)]['sequences']:.0%} of the sequences of completions in their own orders")
+        verdict("a common order has more variance", [more - 1, half], "% more")
+    finish("variance", {"settings": results, "common / own order": orders}, partial(draw, results), (13, 6), (2, 3))
+
+
+def title(job):
+    return f"{job['task'].capitalize()}, m = {job['m']}, {'trained' if job['updates'] else 'base'}"
 
 
 def draw(cases, axes):

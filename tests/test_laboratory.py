@@ -19,16 +19,14 @@ from experiments import (
     curves,
     draws,
     exact,
-    factors,
     report,
     runner,
     steps,
-    sudoku,
     variance,
 )
 from support import settings
 
-FINDINGS = [budget, collapse, confirm, curves, exact, factors, steps, sudoku, variance]
+FINDINGS = [budget, collapse, confirm, curves, exact, steps, variance]
 ROOT = Path(__file__).parent.parent
 
 
