@@ -143,7 +143,7 @@ def ratio(one, other, batches):
 
 
 def summary(measured):
-    """Variance over the squared gradient {k: {draws: {baseline: x}}}, and ours over the official scheme's {k: ratio}."""
+    """Variance over the squared gradient {k: {draws: {baseline: x}}}; ours over the official scheme's {k: ratio}."""
     batches = torch.arange(len(measured["full"][RAMP]))
     rows, ratios, square = {}, {}, full_sum(measured, RAMP, batches)[1]
     for k, draws in measured["added"].items():
@@ -173,10 +173,11 @@ def finding(scale):
             verdict("ours has less variance than the official draws", [1 - less, half], "% less")
     for job, own in zip(own_order, done[len(jobs) :]):
         common, k = done[jobs.index({name: job[name] for name in jobs[0]})], list(own["added"])[:2][-1]
-        of = [lambda keep, x=x: variance(x, k, DEFAULT, GROUP_MEAN, keep) for x in (common, own)]
+        of = [partial(variance, x, k, DEFAULT, GROUP_MEAN) for x in (common, own)]
         more, half = ratio(*of, torch.arange(size["batches"]))
-        orders[title(job)] = {"variance": [more, half], "sequences": common["sequences"] / own["sequences"]}
-        print(f"{title(job)}: {orders[title(job)]['sequences']:.0%} of the sequences of completions in their own orders")
+        share = common["sequences"] / own["sequences"]
+        orders[title(job)] = {"variance": [more, half], "sequences": share}
+        print(f"\n{title(job)}: with a common order {share:.0%} of the sequences")
         verdict("a common order has more variance", [more - 1, half], "% more")
     finish("variance", {"settings": results, "common / own order": orders}, partial(draw, results), (13, 6), (2, 3))
 
