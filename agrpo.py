@@ -33,9 +33,9 @@ One trajectory: the question "3 4 = 7", n = 4 tokens, m = 2 steps of two tokens 
     t = 1    state  3 4 = 7 [MASK]   +    [MASK] <eos>     action: 3 and 4 at the first and the third
     end             3 4 = 7   3      +      4    <eos>     unmask_step = -1 -1 -1 -1 1 0 1 0,   reward 1
 
-One integer per position replays it: -1 was given, t was written at step t, and s_t has [MASK] where it is t or more.
-What is given may stand anywhere: before, between and after what is written. The algorithm is four lines, each of
-which another function can replace (variants.py); the loop around them is at the end of this file (`python agrpo.py`):
+One integer per position replays it: -1 was given, t was written at step t, and s_t has [MASK] where it is t or more;
+what is given may stand anywhere. The algorithm is four lines, and another function can replace each (variants.py); the
+loop around them is at the end of this file (`python agrpo.py`):
 
     run = rollout(model, ids, attention_mask, config, generator)
     rewards = ...                                                    # R (B,), judged on the finished run.ids
@@ -48,7 +48,6 @@ from dataclasses import dataclass, replace
 import torch
 
 
-# ------------------------------------------------------------------------------------------------ settings
 @dataclass
 class AGRPOConfig:
     """The policy that writes, and how its gradient is estimated. Raises ValueError on values that cannot work."""
@@ -87,7 +86,7 @@ def token_logprobs(logits, mask_token_id, config, drawn=None):
     there; they stay. At a first update that is the set they were drawn from: none is stored, and it has no gradient."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / (config.temperature or 1.0)
     never = torch.finfo(logits.dtype).min  # finite, so that p log p = 0 * never = 0 where -inf would give nan
-    logits = logits.index_fill(-1, torch.tensor(mask_token_id, device=logits.device), never).clamp(min=never)
+    logits = logits.clamp(min=never).index_fill_(-1, torch.tensor(mask_token_id, device=logits.device), never)
     if config.top_k or config.top_p < 1:
         top, words = logits.detach().topk(min(config.top_k or logits.shape[-1], logits.shape[-1]))  # descending
         p = top.softmax(-1)
@@ -155,9 +154,9 @@ class Rollout:
 
 
 def schedule(n, config):
-    """[(first, last, counts)]: the block of the written positions first .. last - 1, and how many each step writes.
+    """[(first, last, count)] of each step: the written positions first .. last - 1 are its block, it writes count.
     The blocks share the m steps equally, a step writes at least one token, and the first steps of a block write one
-    more where it does not divide evenly. The m that is used is the number of counts."""
+    more where it does not divide evenly. The m that is used is the length of the list."""
     length, steps = config.block_length or n, config.sampling_steps
     require(n >= 1, "there is no [MASK] to fill in")
     blocks = [(first, min(first + length, n)) for first in range(0, n, length)]
@@ -165,27 +164,31 @@ def schedule(n, config):
     plan = []
     for first, last in blocks:
         s = min(steps // len(blocks), last - first)
-        plan.append((first, last, [(last - first) // s + (i < (last - first) % s) for i in range(s)]))
+        plan += [(first, last, (last - first) // s + (i < (last - first) % s)) for i in range(s)]
     return plan
 
 
 def draw_order(batch, plan, config, generator):
     """(B, n): which step writes each of the n positions. Drawn before the first token, so it knows nothing of the
     policy, and no gradient flows through it: that is why a group may share it, and the states that then coincide."""
-    counts, G = torch.tensor([c for *_, counts in plan for c in counts]), config.num_generations
-    step_of, G = torch.arange(len(counts)).repeat_interleave(counts), G if config.shared_order else 1  # step_of (n,)
+    step_of = torch.arange(len(plan)).repeat_interleave(torch.tensor([count for *_, count in plan]))  # (n,)
+    blocks, G = {step[:2]: None for step in plan}, config.num_generations if config.shared_order else 1
     require(batch % G == 0, f"shared_order: {batch} rows are not groups of {G}")
     u = uniforms((batch // G, len(step_of)), generator).repeat_interleave(G, 0).cpu()  # (B, n)
-    return torch.cat([step_of[first:last][u[:, first:last].argsort(1)] for first, last, _ in plan], 1)
+    return torch.cat([step_of[first:last][u[:, first:last].argsort(1)] for first, last in blocks], 1)
 
 
 def distinct_passes(ids, attention_mask, positions, micro_batch):
     """One sequence per distinct state: completions of a question share their first one, and often later ones.
-    ids, attention_mask, positions (B, L): yields, `micro_batch` states at a time, the rows (b,) that are in them, the
-    model's inputs (S, L), with the union of the wanted positions, N' in all, and which of those each row wants (N,).
-    Two rows of a state that want 5 7 and 7 8: union 5 7 8, places 0 1 1 2; at 7 their gradients add up by autograd."""
+    ids, attention_mask, positions (B, L): yields, `micro_batch` states at a time, their rows (b,), the model's inputs
+    (S, L) with the union of the wanted positions, N' in all, and which of those each row wants (N,). Of two rows that
+    want 5 7 and 7 8 of a state: union 5 7 8, places 0 1 1 2; at 7 their gradients add up by autograd."""
     asking = positions.any(1).nonzero()[:, 0]
-    keys, state = ids[asking].masked_fill(~attention_mask[asking], -1).unique(dim=0, return_inverse=True)  # (S, L)
+    seen = ids[asking].masked_fill(~attention_mask[asking], -1)  # (rows, L)
+    factors = torch.randint(2**62, seen.shape[1:], generator=torch.Generator().manual_seed(0)).to(ids)
+    found, state = (seen * factors).sum(1).unique(return_inverse=True)  # a hash: ten times as fast as unique(dim=0)
+    keys = seen.new_empty(len(found), seen.shape[1]).index_put_((state,), seen)  # (S, L)
+    require(bool((keys[state] == seen).all()), "two states have one hash: a chance of 10^-12, change the seed above")
     union = torch.zeros_like(keys).index_add_(0, state, positions[asking].long()) > 0  # (S, L)
     for part in torch.arange(len(keys), device=ids.device).split(micro_batch or len(keys)) if len(keys) else ():
         here = (state >= part[0]) & (state <= part[-1])
@@ -206,28 +209,29 @@ def draw_tokens(model, run, positions, config, uniforms, micro_batch):
     tokens, logprobs, H = torch.zeros_like(run.ids), torch.zeros_like(run.logprobs), torch.zeros_like(run.logprobs)
     for rows, (ids, mask, wanted), place in distinct_passes(run.ids, run.attention_mask, positions, micro_batch):
         logp = token_logprobs(model(ids, attention_mask=mask, positions=wanted), run.mask_token_id, config)  # (N', V)
+        kept, words = logp.topk(min(config.top_k, logp.shape[1])) if config.top_k else (logp, None)  # (N', top_k)
         row, column = positions[rows].nonzero(as_tuple=True)
         at = rows[row], column
-        drawn, p = logp.argmax(1)[place], logp.exp()  # (N,), (N', V)
+        drawn, p = kept.argmax(1)[place], kept.exp()  # (N,), (N', V or top_k): no other word has a chance
         if config.temperature > 0:  # in parts of N', as many rows may share a place
             parts = zip(place.split(len(p)), uniforms[at][:, None].split(len(p)))
             drawn = torch.cat([inverse_cdf(p[i], u).squeeze(1) for i, u in parts])
-        tokens[at], logprobs[at], H[at] = drawn, logp[place, drawn].double(), entropy(logp)[place].double()
+        drawn = words[place, drawn] if config.top_k else drawn
+        tokens[at], logprobs[at], H[at] = drawn, logp[place, drawn].double(), entropy(kept)[place].double()
     return tokens, logprobs, H
 
 
 def write(run, t, positions, drawn):
     """Write what was drawn, three tables (B, L), at the positions (B, L) bool, and note the step."""
     for table, values in zip((run.ids, run.logprobs, run.entropies), drawn):
-        table[positions] = values[positions]
-    run.unmask_step[positions] = t
+        table.copy_(values.where(positions, table))
+    run.unmask_step.masked_fill_(positions, t)
 
 
 def stop_early(run, block):
-    """Finish the rows whose block (B, L), of several, came out all <eos>: their other [MASK] become <eos>, by rule and
+    """Finish the rows whose block (B, L), of several, came out all <eos>: their other [MASK] become <eos>, by rule,
     not by an action, so no term of the sum is lost. Not where given tokens follow, which belong to the text."""
-    columns = torch.arange(run.ids.shape[1], device=run.ids.device)
-    behind = columns > (block * columns).amax(1, keepdim=True)  # (B, L): after the block
+    behind = ~block & (block.cumsum(1) == block.sum(1, keepdim=True))  # (B, L): after the block
     finished = ((run.ids == run.eos_token_id) | ~block).all(1)
     finished &= ~(behind & (run.unmask_step < 0) & run.attention_mask).any(1)
     rest = behind & finished[:, None] & (run.unmask_step >= 0)
@@ -238,18 +242,16 @@ def stop_early(run, block):
 def rollout(model, ids, attention_mask, config, generator, micro_batch=None, step=unmask_random):
     """Fill in the [MASK] of ids (B, L), of which every row has the same number n: B trajectories under the policy.
     model(input_ids (B, L), attention_mask= (B, L) bool, False: padding, positions= (B, L) bool) gives logits (N, V) at
-    the positions, row by row, and has a mask_token_id and an eos_token_id. `step` says which positions come next; if it
-    ranks them by what it drew, that is the action, and more than is written (variants.py). micro_batch sequences per
-    pass, None: all, bound memory and change no draw. Raises ValueError on unequal rows."""
+    the positions, row by row, and has mask_token_id and eos_token_id. `step` says which positions come next
+    (variants.py has another). micro_batch sequences per pass, None: all. Raises ValueError on unequal rows."""
     blank = ids == model.mask_token_id  # (B, L)
     n, slot = int(blank[0].sum()), blank.cumsum(1) - 1  # slot (B, L): the index among the [MASK] of its row
     require(bool((blank.sum(1) == n).all()), "every row needs the same number of [MASK]")
     plan, zeros = schedule(n, config), torch.zeros_like(ids, dtype=torch.float64)
     order = torch.full_like(ids, -1).masked_scatter(blank, draw_order(len(ids), plan, config, generator).to(ids))
     tables = ids.clone(), attention_mask, order, zeros.clone(), zeros.clone(), torch.zeros_like(ids[:, 0])
-    steps = [(first, last, count) for first, last, counts in plan for count in counts]
-    run = Rollout(*tables, len(steps), model.mask_token_id, model.eos_token_id)
-    for t, (first, last, count) in enumerate(steps):
+    run = Rollout(*tables, len(plan), model.mask_token_id, model.eos_token_id)
+    for t, (first, last, count) in enumerate(plan):
         block = blank & (slot >= first) & (slot < last)
         # One for every [MASK], used or not: a row's draws must not depend on which others are running.
         u = zeros.masked_scatter(blank, uniforms((len(ids), n), generator).to(ids.device))  # (B, L)
@@ -320,18 +322,17 @@ def accumulate_gradient(model, run, *, advantages, weights, config, micro_batch,
     advantages (B,) or (B, m), weights (B, m): grad log pi of a token has the factor A_it w_it / B in all. A step of
     weight 0 is not run, nor one of advantage 0 without a penalty: its gradient is exactly 0. penalty(logits (N, V),
     input_ids, attention_mask, positions) -> (N,). The first update after a rollout follows the policy gradient; later
-    ones are biased by per-token ratios and the clip, as in PPO. Steps no optimizer."""
+    ones are biased by per-token ratios and the clip, as in PPO."""
     require(config.temperature > 0, "temperature 0 has no gradient: train with a positive temperature")
-    batch, weights = len(run.ids), weights.to(run.ids.device)
-    advantages = advantages.to(weights.device).reshape(batch, -1).expand(weights.shape)
-    needed = weights != 0 if penalty else (weights != 0) & (advantages != 0)
+    w = weights.to(run.ids.device) / len(run.ids)  # (B, m)
+    A = advantages.to(w.device).reshape(len(w), -1).expand(w.shape)
+    needed = w != 0 if penalty else (w != 0) & (A != 0)
     rows, times = needed.nonzero(as_tuple=True)  # P pairs of a completion and a step
     positions, states = run[rows].action_at(times)[0], run[rows].state_at(times)  # (P, L)
-    sums, error = weights.new_zeros(5, dtype=torch.float64), weights.new_zeros(())
+    sums, error = w.new_zeros(5, dtype=torch.float64), w.new_zeros(())
     for pairs, inputs, place in distinct_passes(states, run.attention_mask[rows], positions, micro_batch):
         row, t = rows[pairs], times[pairs]
-        w, A = weights[row, t] / batch, advantages[row, t]
-        loss, ratio, *rest = pass_loss(model, inputs, place, run[row], t, w, A, config, penalty)
+        loss, ratio, *rest = pass_loss(model, inputs, place, run[row], t, w[row, t], A[row, t], config, penalty)
         loss.backward()
         sums += torch.stack([loss.detach(), *rest])  # loss, tokens, clipped tokens, penalty, sequences
         error = torch.maximum(error, (ratio - 1).abs().max())  # unlike max(), it keeps a nan
@@ -377,7 +378,7 @@ class SmallModel(torch.nn.Sequential):
 
 def demonstration():
     """Write four digits, one a step, whose sum modulo 5 is the given one. In the second update the clip acts."""
-    model, generator, config = SmallModel(), torch.Generator().manual_seed(0), AGRPOConfig(4, mc_samples=2)
+    generator, config, model = torch.manual_seed(0), AGRPOConfig(4, mc_samples=2), SmallModel()  # of that generator
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for i in range(1, 81):
         given = torch.randint(5, (32, 1), generator=generator).repeat_interleave(config.num_generations, 0)  # (B, 1)
@@ -396,5 +397,4 @@ def demonstration():
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)  # of the model's first weights
     demonstration()

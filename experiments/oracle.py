@@ -52,13 +52,14 @@ def micro_reward(words, seed, levels=3):
 # ---------------------------------------------------------------------------------------- every trajectory
 def scripts(n, config, unmasking):
     """All that a rollout can be told to draw: ranks that make the order (S, n), words for every step (m, S, n).
+    Under top-k these are places among the k likeliest.
 
     In random order a position is drawn once, at whichever step; under low confidence a step draws its whole block."""
-    steps = [range(first, last) for first, last, counts in agrpo.schedule(n, config) for _ in counts]
+    steps = [range(first, last) for first, last, _ in agrpo.schedule(n, config)]
     orders, draws = list(itertools.permutations(range(n))), [(slice(None), position) for position in range(n)]
     if unmasking != "random":
         orders, draws = [range(n)], [(t, position) for t, block in enumerate(steps) for position in block]
-    words = torch.tensor(list(itertools.product(range(MASK), repeat=len(draws))))
+    words = torch.tensor(list(itertools.product(range(config.top_k or MASK), repeat=len(draws))))
     table = torch.zeros(len(steps), len(words), n, dtype=torch.long)
     for (t, position), column in zip(draws, words.T):
         table[t, :, position] = column
@@ -71,7 +72,7 @@ def enumerate_trajectories(model, ids, attention_mask, config, unmasking="random
 
     agrpo.rollout runs every script: where it asks for uniforms it gets the ranks, then the words. Scripts of which an
     early stop left a part unused give equal rows. The share count / S of the scripts that give a row is p(order) times
-    the chance of its words if they were drawn evenly, 1/3 at every draw."""
+    the chance of its words if they were drawn evenly, 1/3 (1/k under top-k) at every draw."""
     order, words = scripts(int((ids == MASK).sum()), config, unmasking)
     numbers, (ids, attention_mask) = iter([order, *words]), (x.expand(len(order), -1) for x in (ids, attention_mask))
     with patch.multiple(agrpo, uniforms=lambda *_: next(numbers).double(), inverse_cdf=lambda p, u: u.long()):
@@ -84,7 +85,7 @@ def enumerate_trajectories(model, ids, attention_mask, config, unmasking="random
         logp = logp + torch.zeros_like(run.logprobs).masked_scatter(positions, logprobs).sum(1)
     _, index, count = torch.cat(keys, 1).unique(dim=0, return_inverse=True, return_counts=True)
     one = torch.zeros_like(count).scatter(0, index, torch.arange(len(index)))  # a script of each row
-    order_p = count.double() / len(index) * 3 ** draws[one]
+    order_p = count.double() / len(index) * (config.top_k or MASK) ** draws[one]
     p = order_p * logp[one].exp()
     return run[one[p > 0]], p[p > 0], order_p[p > 0]  # top-k and top-p make some impossible
 

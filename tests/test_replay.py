@@ -26,11 +26,13 @@ class Scripted:
 def test_state_at_is_what_the_model_saw(model, unmasking, options, questions):
     config, recorder, (ids, mask) = make_config(**options), Recorder(model), questions()
     run = variants.ROLLOUTS[unmasking](recorder, ids, mask, config, torch.Generator().manual_seed(3))
-    counts = [count for *_, counts in agrpo.schedule(8, config) for count in counts]
+    counts = [count for *_, count in agrpo.schedule(8, config)]
     for t, (seen, attention_mask, positions) in enumerate(recorder.calls):
         at = torch.full((6,), t)
         states, state = distinct(run.state_at(at), mask)
-        assert torch.equal(states, seen.masked_fill(~attention_mask, -1))  # each once
+        seen, order = distinct(seen, attention_mask)
+        assert torch.equal(states, seen) and len(order) == len(seen)  # each once
+        positions = torch.zeros_like(positions).index_put((order,), positions)  # in the order of `states`
         scored, tokens, _ = run.action_at(at)
         written = run.unmask_step == t
         assert (written & positions[state] & (ids == MASK)).sum() == written.sum() == 6 * counts[t]
@@ -46,10 +48,10 @@ def test_uneven_schedules_write_one_token_more_in_the_first_steps_of_each_block(
     def schedule(n, m, block=None):
         return agrpo.schedule(n, agrpo.AGRPOConfig(m, block_length=block))
 
-    assert schedule(16, 6, 8) == [(0, 8, [3, 3, 2]), (8, 16, [3, 3, 2])]
-    assert schedule(7, 7) == [(0, 7, [1] * 7)]
-    assert schedule(7, 6, 3) == [(0, 3, [2, 1]), (3, 6, [2, 1]), (6, 7, [1])]  # the last is shorter, and m is 5
-    assert schedule(4, 8) == [(0, 4, [1] * 4)]  # a block takes at most one step a position
+    assert schedule(16, 6, 8) == [(0, 8, 3), (0, 8, 3), (0, 8, 2), (8, 16, 3), (8, 16, 3), (8, 16, 2)]
+    assert schedule(7, 7) == [(0, 7, 1)] * 7
+    assert schedule(7, 6, 3) == [(0, 3, 2), (0, 3, 1), (3, 6, 2), (3, 6, 1), (6, 7, 1)]  # the last is shorter
+    assert schedule(4, 8) == [(0, 4, 1)] * 4  # a block takes at most one step a position
 
 
 def test_blocks_are_finished_in_order_and_random_orders_are_uniform(model):
