@@ -3,6 +3,7 @@
     game       question                            completion            reward if correct
     countdown  "03 07 12=16"                       "12+7-3"              3.0
     sudoku     "a31d2fg4i4kl1n43" (letters: empty) "4312213434211243"    1.0
+    tracking   "2abcadbca"                         "32310004"            1.0
 
 The model reads the bare question and writes the bare answer. What instruction-tuned models are asked, the same games
 in words included, is in support/words.py. A completion is hostile input: it is bounded and parsed, never evaluated, and
@@ -292,4 +293,69 @@ def _without_separators(text):
     return re.sub(r"[\s|,;/-]+", "", text)
 
 
-TASKS = {"countdown": Countdown(), "sudoku": Sudoku()}
+# ------------------------------------------------------------------------------------------ state tracking
+class Tracking(Task):
+    """Follow a state through letters, each a fixed permutation of the five states: write the state after every letter.
+
+    {"start": 2, "letters": "abcadbca"}   "2abcadbca"   ->   "32310004"
+
+    The permutations do not commute, so the last state depends on every letter and on their order. Written one token at
+    a time, each digit is one look at the letter and the digit before it; a single pass would have to compose them all.
+    That is what reasoning step by step is, at its smallest. The splits share no question.
+    """
+
+    STATES, LETTERS = "01234", "abcd"
+
+    def __init__(self, length):
+        self.completion_length = length
+        rng = random.Random(SEED)
+        self.moves = {letter: "".join(rng.sample(self.STATES, len(self.STATES))) for letter in self.LETTERS}
+
+    @functools.cache  # noqa: B019
+    def _split(self, split):
+        total = len(self.STATES) * len(self.LETTERS) ** self.completion_length
+        tests = min(1000, total // 5)
+        numbers = random.Random(SEED).sample(range(total), min(total, 20000 + tests + tests // 2))
+        return [self._example(number) for number in part_of(numbers, split, tests, tests // 2)]
+
+    def _example(self, number):
+        """The number's digits in base 4 are the letters, what is left is the start."""
+        letters = ""
+        for _ in range(self.completion_length):
+            number, letter = divmod(number, len(self.LETTERS))
+            letters += self.LETTERS[letter]
+        return {"start": number, "letters": letters}
+
+    def question(self, example):
+        return f"{example['start']}{example['letters']}"
+
+    def key(self, example):
+        return self.question(example)
+
+    def parse_question(self, text):
+        """The inverse of question, for one typed by a user."""
+        found = re.fullmatch(f"([{self.STATES}])([{self.LETTERS}]{{{self.completion_length}}})", text.replace(" ", ""))
+        if not found:
+            sample = self.question(self.load("test")[0])
+            raise ValueError(f"{text[:40]!r} is not a start state and letters; a valid question is {sample!r}")
+        return {"start": int(found[1]), "letters": found[2]}
+
+    def solution(self, example, rng):
+        """The states after each letter; there is one answer, and rng has nothing to choose."""
+        states = itertools.accumulate(
+            example["letters"], lambda state, letter: self.moves[letter][int(state)], initial=str(example["start"])
+        )
+        return "".join(states)[1:]
+
+    def is_correct(self, completion, example):
+        """A state for every letter, of which the last is right: how it was reached is not judged."""
+        answer = extract_answer(completion)
+        whole = re.fullmatch(f"[{self.STATES}]{{{self.completion_length}}}", answer)
+        return bool(whole) and answer[-1] == self.solution(example, None)[-1]
+
+    def reward(self, completion, example):
+        return 1.0 * self.is_correct(completion, example)
+
+
+TASKS = {"countdown": Countdown(), "sudoku": Sudoku(), "tracking": Tracking(8)}
+TASKS |= {f"tracking-{length}": Tracking(length) for length in (4, 12, 16)}  # for the laboratory

@@ -20,7 +20,7 @@ from support import in_one_line, package, runs, words
 class RunConfig:
     """What a run does; the comments are its --help. Model and task override some defaults in PRESETS."""
 
-    task: str = "countdown"  # countdown | sudoku | gsm8k | math
+    task: str = "countdown"  # countdown | sudoku | tracking | gsm8k | math
     algorithm: str = "agrpo"  # agrpo | agrpo-sa | egspo | egspo-sa | paper (variants.py) | FILE.py:FUNCTION, your own
     model: str = "tiny"  # tiny: trained from scratch here | llada | hub id or folder of LLaDA's structure, or LoRA
     revision: str = ""  # commit, tag or branch on the hub; empty: the pinned one, or the newest
@@ -69,6 +69,8 @@ TINY = {  # the shape of the tiny model
     "countdown": {"d_model": 64, "n_layers": 3, "n_heads": 2, "mlp_hidden_size": 128, "rope_theta": 30.0},
     "sudoku": {"d_model": 64, "n_layers": 4, "n_heads": 4, "mlp_hidden_size": 128, "rope_theta": 100.0},
 }
+TRACKING_LENGTHS = {name: task.completion_length for name, task in tasks.TASKS.items() if name.startswith("tracking")}
+TINY |= dict.fromkeys(TRACKING_LENGTHS, TINY["countdown"])
 # What the AGRPO authors publish for GSM8K; from max_steps on ours, for one GPU of 80 GB.
 LLADA = {"completion_length": 384, "block_length": 12, "sampling_steps": 128, "mc_samples": 24}
 LLADA |= {"importance_sampling": "entropy", "temperature": 0.6, "top_k": 150, "top_p": 0.99}
@@ -82,6 +84,9 @@ COUNTDOWN |= {"shared_order": True, "prompts_per_step": 64}  # with equal states
 SUDOKU = {"completion_length": 16, "sampling_steps": 8, "mc_samples": 4, "importance_sampling": "entropy"}
 SUDOKU |= {"shared_order": True, "base_steps": 600, "base_noise": 0.12, "base_batch": 128, "base_learning_rate": 3e-3}
 SUDOKU |= {"max_steps": 250, "tokens_per_pass": 8448, "eval_every": 50, "eval_steps": (4, 8, 16)}
+TRACKING = {"block_length": 1, "mc_samples": 2}  # left to right, one token a step
+TRACKING |= {"base_noise": 0.15, "base_batch": 128, "base_learning_rate": 3e-3}
+
 PRESETS = {
     ("tiny", "countdown"): COUNTDOWN,
     ("tiny", "sudoku"): SUDOKU,
@@ -90,6 +95,9 @@ PRESETS = {
     ("llada", "countdown"): LLADA | {"completion_length": 128, "block_length": 16},
     ("llada", "sudoku"): LLADA | {"completion_length": 256, "block_length": 16},
 }
+for name, n in TRACKING_LENGTHS.items():  # one step a token
+    steps = {"completion_length": n, "sampling_steps": n, "eval_steps": (n,), "base_steps": 1200 if n < 12 else 1600}
+    PRESETS["tiny", name] = TRACKING | steps
 EGSPO = {"epsilon_high": 0.5, "beta": 0.04}
 # As its authors publish, but for a 4-bit base, adapter dropout, the score of kept tokens alone.
 LLADA_EGSPO = EGSPO | {"completion_length": 256, "block_length": 32, "mc_samples": 8, "unmasking": "low_confidence"}
