@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 
 from agrpo import require
-from support import in_one_line, package
+from support import package
+from support.runs import failing_as, read_json
 from tiny_dllm import Config, MaskedDiffusionLM
 
-# What every model of this structure has in common, in the words of LLaDA's config.json: written on save, and a
-# folder that says otherwise is refused on load instead of being run as something that it is not.
+# What all models of this structure share, in the words of LLaDA's config.json. A folder that says otherwise is refused
+# instead of being run as something that it is not.
 STRUCTURE = {"model_type": "llada", "block_type": "llama", "layer_norm_type": "rms", "activation_type": "silu"}
 LACKS = ("alibi", "include_bias", "include_qkv_bias", "weight_tying", "attention_layer_norm", "input_emb_norm")
 STRUCTURE |= {"rope": True, "scale_logits": False} | dict.fromkeys(LACKS, False)
@@ -39,32 +40,28 @@ def load(path_or_hub_id, dtype=None, device="cpu", revision=None):
     require(found, f"{folder} has no adapter_model.safetensors; pickled adapters are not opened")
     base = read_weights(stored["base_model_name_or_path"], dtype, device, stored.get("revision"))
     peft = package("peft", "LoRA")
-    try:  # eval: an adapter that was trained with dropout must not have it here, see add_lora
+    with failing_as(f"the adapter in {folder} does not fit"):
+        # eval: an adapter that was trained with dropout must not have it here, see add_lora
         return peft.PeftModel.from_pretrained(base, folder, is_trainable=True).eval()
-    except Exception as error:  # its own kinds, and safetensors'
-        raise ValueError(f"the adapter in {folder} does not fit: {in_one_line(error, 300)}") from error
 
 
 def read_weights(path_or_hub_id, dtype=None, device="cpu", revision=None):
     """Our model with the weights of a folder or hub repository of LLaDA's structure, in dtype, on the device.
 
     Tensor by tensor into a model without memory, from files that are mapped: one tensor is held twice at most.
-    Raises ValueError on another structure, missing, surplus or misshapen tensors, broken files, and pickles.
-    """
-    from safetensors import SafetensorError, safe_open
+    Raises ValueError on another structure, missing, surplus or misshapen tensors, broken files, and pickles."""
+    from safetensors import safe_open
 
     folder, tensors = local_folder(path_or_hub_id, revision), {}
     with torch.device("meta"):
         model = MaskedDiffusionLM(read_config(folder / "config.json"))
-    try:
+    with failing_as(f"the weights in {folder} do not fit"):
         for file in weight_files(folder):
             with safe_open(file, "pt", device=str(device)) as shard:
                 for name in shard.keys():  # noqa: SIM118 (it is no dict)
                     tensor = shard.get_tensor(name)
                     tensors[name] = tensor.to(dtype or tensor.dtype, copy=True)  # a copy: the file may be replaced
         model.load_state_dict(tensors, assign=True)  # says what is missing, surplus or misshapen
-    except (SafetensorError, OSError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"the weights in {folder} do not fit: {in_one_line(error, 300)}") from error
     # Where they came from: peft and add_lora write both into adapters. A snapshot's folder is named after its commit.
     model.name_or_path = str(path_or_hub_id)
     model.revision = None if Path(path_or_hub_id).is_dir() else folder.name
@@ -73,9 +70,8 @@ def read_weights(path_or_hub_id, dtype=None, device="cpu", revision=None):
 
 def weight_files(folder):
     """The safetensors files that hold the weights: the shards that an index names, or a single one."""
-    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    index = read_json(folder / "model.safetensors.index.json")
+    names = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
     for name in names:
         require((folder / name).exists(), f"there is no {name}; a pickle (.bin, .pt) could run code and is not opened")
     return [folder / name for name in names]
@@ -83,7 +79,7 @@ def weight_files(folder):
 
 def read_config(file):
     """LLaDA's config.json -> Config. Raises ValueError if it describes another structure."""
-    try:
+    with failing_as(f"{file} does not describe a model of LLaDA's structure"):
         stored = json.loads(file.read_text())
         same = {"n_kv_heads": stored["n_heads"], "embedding_size": stored["vocab_size"]}  # null means the same
         expected = STRUCTURE | {name: value for name, value in same.items() if stored.get(name) is not None}
@@ -91,8 +87,6 @@ def read_config(file):
         config = Config(**{field.name: stored[field.name] for field in fields(Config)})
         require(not wrong, f"it has {wrong}")
         return config
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} does not describe a model of LLaDA's structure: {error}") from error
 
 
 def save(model, path):
@@ -144,14 +138,11 @@ def frozen_copy(model):
 def adapter_config(folder):
     """What adapter_config.json says, None where the folder holds no adapter."""
     file = folder / "adapter_config.json"
-    if not file.exists():
-        return None
-    try:
-        stored = json.loads(file.read_text())
-        require(isinstance(stored["base_model_name_or_path"], str), "base_model_name_or_path names no model")
+    with failing_as(f"{file} does not describe an adapter"):
+        stored = read_json(file)
+        named = not file.exists() or isinstance(stored["base_model_name_or_path"], str)
+        require(named, "base_model_name_or_path names no model")
         return stored
-    except (KeyError, OSError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} does not describe an adapter: {error}") from error
 
 
 # -------------------------------------------------------------------------------------------- tokenizers, the hub
@@ -163,10 +154,8 @@ def load_tokenizer(path_or_hub_id, revision=None):
     folder = local_folder(path_or_hub_id, revision)
     if (adapter := adapter_config(folder)) and not (folder / "tokenizer.json").exists():
         return load_tokenizer(adapter["base_model_name_or_path"], adapter.get("revision"))
-    try:
+    with failing_as(f"{folder} has no tokenizer that can be read"):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, padding_side="left")
-    except Exception as error:  # a broken tokenizer.json raises a bare Exception
-        raise ValueError(f"{folder} has no tokenizer that can be read: {in_one_line(error, 300)}") from error
     chats = tokenizer.chat_template is not None
     require(chats, f"the tokenizer in {folder} has no chat template: is it an instruction-tuned model?")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -180,8 +169,5 @@ def local_folder(path_or_hub_id, revision=None):
     from huggingface_hub import snapshot_download
 
     commit, data = revision or REVISIONS.get(path_or_hub_id), ["*.json", "*.safetensors", "*.jinja"]
-    try:
+    with failing_as(f"{path_or_hub_id} is no folder here, and the hub did not give it"):
         return Path(snapshot_download(str(path_or_hub_id), revision=commit, allow_patterns=data))
-    except Exception as error:  # its own kinds differ between releases
-        reason = in_one_line(error, 300)
-        raise ValueError(f"{path_or_hub_id} is no folder here, and the hub did not give it: {reason}") from error
