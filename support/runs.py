@@ -3,8 +3,7 @@
 A run's folder holds config.json (every setting), metrics.jsonl (a line per update), base.json and summary.json (what
 was measured before and after), checkpoint-N, model/ and curve.png. Lines are appended to metrics.jsonl, and --resume
 drops those after its checkpoint; all else is written beside its place and renamed, so that what is there is whole: a
-run killed at any moment continues as if it had not been.
-"""
+run killed at any moment continues as if it had not been."""
 
 import atexit
 import contextlib
@@ -28,8 +27,10 @@ from support import in_one_line
 
 
 # ---------------------------------------------------------------------------------------------- processes
-def start_processes(cuda):
-    """Join the process group that torchrun started this process in, if it did; returns this process's device."""
+def device_of(run):
+    """Where the model lives: a GPU if there is one, but tiny models are faster, and exactly repeatable, on a CPU. Joins
+    the process group that torchrun started this process in, if it did."""
+    cuda = run.model != "tiny" and torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         if cuda:
@@ -95,17 +96,14 @@ def gather(value):
 
 def average_gradients(parameters, share):
     """Replace each gradient by the sum over processes of share x gradient, share = this process's part of the batch:
-    that of one process with the whole batch, whose loss is a mean over completions. One message carries all of it."""
+    that of one process with the whole batch, whose loss is a mean over completions."""
     parameters = list(parameters)
     if processes() == 1 or not any(gather(any(parameter.grad is not None for parameter in parameters))):
         return  # where nothing was learnt anywhere no optimizer step, as in one process
     for parameter in parameters:
         if parameter.grad is None:  # the groups of this process all agreed
             parameter.grad = torch.zeros_like(parameter)
-    gradients = [parameter.grad for parameter in parameters]
-    flat = torch.nn.utils.parameters_to_vector(gradients).mul_(share)  # (all their elements,)
-    dist.all_reduce(flat)
-    torch.nn.utils.vector_to_parameters(flat, gradients)
+        dist.all_reduce(parameter.grad.mul_(share))
 
 
 def explain(error, run):
@@ -252,11 +250,10 @@ def load_checkpoint(folder, model, optimizer, rng, generator):
         return 0, 0.0
     try:
         stored = torch.load(found[-1], map_location="cpu", weights_only=True)  # tensors and numbers, no code
-        made_by, mine = len(stored["generators"]), trainable(model)
-        same_number = made_by == processes()
-        require(same_number, f"it was made by {made_by} processes: {command(made_by)} --resume {folder}")
-        shapes = [{name: tensor.shape for name, tensor in of.items()} for of in (stored["weights"], mine)]
-        require(shapes[0] == shapes[1], "it has other parameters")
+        made_by = len(stored["generators"])
+        require(made_by == processes(), f"it was made by {made_by} processes: {command(made_by)} --resume {folder}")
+        theirs, mine = ({k: v.shape for k, v in of.items()} for of in (stored["weights"], trainable(model)))
+        require(theirs == mine, "it has other parameters")
         model.load_state_dict(stored["weights"], strict=False)  # not strict: what is frozen is not in it
         optimizer.load_state_dict(stored["optimizer"])
         generator.set_state(stored["generators"][rank()])
@@ -270,8 +267,8 @@ def load_checkpoint(folder, model, optimizer, rng, generator):
 def rewind_metrics(path, step):
     """Keep the lines of metrics.jsonl up to `step`, which the updates after it will write again; returns them."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):  # the last line may be half there
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # the last line may be half there
+        for line in path.read_text().splitlines():
             rows.append(json.loads(line))
     rows = [row for row in rows if row["step"] <= step]
     write_lines(path, rows)

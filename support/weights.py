@@ -1,8 +1,6 @@
 """Weights come in and go out here: checkpoints of LLaDA's structure, LoRA adapters, and the tokenizers beside them.
-
 No code of the hub's is ever run, and no pickle is ever opened: config.json, safetensors and tokenizer.json are data.
-What does not fit, or is not there, raises ValueError in one line.
-"""
+What does not fit, or is not there, raises ValueError in one line."""
 
 import copy
 import json
@@ -14,14 +12,14 @@ import torch
 
 from agrpo import require
 from support import package
-from support.runs import failing_as, read_json
+from support.runs import failing_as, read_json, write_json
 from tiny_dllm import Config, MaskedDiffusionLM
 
 # What all models of this structure share, in the words of LLaDA's config.json. A folder that says otherwise is refused
 # instead of being run as something that it is not.
 STRUCTURE = {"model_type": "llada", "block_type": "llama", "layer_norm_type": "rms", "activation_type": "silu"}
-LACKS = ("alibi", "include_bias", "include_qkv_bias", "weight_tying", "attention_layer_norm", "input_emb_norm")
-STRUCTURE |= {"rope": True, "scale_logits": False} | dict.fromkeys(LACKS, False)
+LACKS = "alibi include_bias include_qkv_bias weight_tying attention_layer_norm input_emb_norm scale_logits"
+STRUCTURE |= {"rope": True} | dict.fromkeys(LACKS.split(), False)
 
 # Hub repositories change under their names; these do not. Others: --revision, or the newest, which is recorded.
 REVISIONS = {"GSAI-ML/LLaDA-8B-Instruct": "6059b30c9531767ce47e0ca6a8161a6bb0c67693"}
@@ -96,10 +94,10 @@ def save(model, path):
     if hasattr(model, "peft_config"):
         # Left to itself, peft reads the base model's config.json with a class of transformers, to compare vocabularies.
         return model.save_pretrained(path, save_embedding_layers=False)
-    folder, sizes = Path(path), asdict(model.config)
+    folder, config = Path(path), model.config
     folder.mkdir(parents=True, exist_ok=True)
-    config = STRUCTURE | sizes | {"n_kv_heads": sizes["n_heads"], "embedding_size": sizes["vocab_size"]}
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    stored = STRUCTURE | asdict(config) | {"n_kv_heads": config.n_heads, "embedding_size": config.vocab_size}
+    write_json(folder / "config.json", stored)
     save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -140,8 +138,8 @@ def adapter_config(folder):
     file = folder / "adapter_config.json"
     with failing_as(f"{file} does not describe an adapter"):
         stored = read_json(file)
-        named = not file.exists() or isinstance(stored["base_model_name_or_path"], str)
-        require(named, "base_model_name_or_path names no model")
+        names = not file.exists() or isinstance(stored["base_model_name_or_path"], str)
+        require(names, "base_model_name_or_path names no model")
         return stored
 
 
