@@ -107,7 +107,7 @@ def grade(setup, examples, kind, steps=None, description=""):
     mine = examples[runs.rank() :: runs.processes()]  # may be empty; only gather is then left to do
     ids, mask, answer = encode(setup, mine or examples[:1], settings.length(setup.run))
     size, records = rows_per_pass(setup, ids), []
-    with tqdm(total=len(mine), desc=description, leave=False, delay=2, disable=runs.rank() > 0) as bar:
+    with tqdm(total=len(mine), desc=description, leave=False, delay=2, disable=runs.rank() > 0) as bar:  # after 2 s
         for rows in (slice(first, first + size) for first in range(0, len(mine), size)):
             started, kept = time.perf_counter(), mask[rows].any(0)  # no column of padding alone
             run = rollout(setup.model, ids[rows, kept], mask[rows, kept], config, generator)

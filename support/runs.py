@@ -222,8 +222,7 @@ def save_checkpoint(folder, step, seconds, model, optimizer, rng, generator):
     states = gather(generator.get_state())  # each process draws its own random numbers
     if rank() > 0:
         return
-    path = folder / f"checkpoint-{step}"
-    unfinished = path.with_suffix(".tmp")
+    path, unfinished = folder / f"checkpoint-{step}", folder / f"checkpoint-{step}.tmp"
     everything = {"step": step, "seconds": seconds, "weights": trainable(model)}
     everything |= {"optimizer": optimizer.state_dict(), "rng": rng.getstate(), "generators": states}
     try:

@@ -45,7 +45,6 @@ def load(path_or_hub_id, dtype=None, device="cpu", revision=None):
 
 def read_weights(path_or_hub_id, dtype=None, device="cpu", revision=None):
     """Our model with the weights of a folder or hub repository of LLaDA's structure, in dtype, on the device.
-
     Tensor by tensor into a model without memory, from files that are mapped: one tensor is held twice at most.
     Raises ValueError on another structure, missing, surplus or misshapen tensors, broken files, and pickles."""
     from safetensors import safe_open
@@ -54,8 +53,11 @@ def read_weights(path_or_hub_id, dtype=None, device="cpu", revision=None):
     with torch.device("meta"):
         model = MaskedDiffusionLM(read_config(folder / "config.json"))
     with failing_as(f"the weights in {folder} do not fit"):
-        for file in weight_files(folder):
-            with safe_open(file, "pt", device=str(device)) as shard:
+        index = read_json(folder / "model.safetensors.index.json")  # says which shards there are, if not one file
+        for file in sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]:
+            there = (folder / file).exists()
+            require(there, f"there is no {file}; a pickle (.bin, .pt) could run code and is not opened")
+            with safe_open(folder / file, "pt", device=str(device)) as shard:
                 for name in shard.keys():  # noqa: SIM118 (it is no dict)
                     tensor = shard.get_tensor(name)
                     tensors[name] = tensor.to(dtype or tensor.dtype, copy=True)  # a copy: the file may be replaced
@@ -64,15 +66,6 @@ def read_weights(path_or_hub_id, dtype=None, device="cpu", revision=None):
     model.name_or_path = str(path_or_hub_id)
     model.revision = None if Path(path_or_hub_id).is_dir() else folder.name
     return model
-
-
-def weight_files(folder):
-    """The safetensors files that hold the weights: the shards that an index names, or a single one."""
-    index = read_json(folder / "model.safetensors.index.json")
-    names = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
-    for name in names:
-        require((folder / name).exists(), f"there is no {name}; a pickle (.bin, .pt) could run code and is not opened")
-    return [folder / name for name in names]
 
 
 def read_config(file):
