@@ -226,11 +226,11 @@ def save_checkpoint(folder, step, seconds, model, optimizer, rng, generator):
     everything = {"step": step, "seconds": seconds, "weights": trainable(model)}
     everything |= {"optimizer": optimizer.state_dict(), "rng": rng.getstate(), "generators": states}
     try:
-        torch.save(everything, unfinished)
-        unfinished.rename(path)
-    except Exception as error:  # a full disk, say
+        with failing_as(f"{path} could not be written"):  # a full disk, say
+            torch.save(everything, unfinished)
+            unfinished.rename(path)
+    finally:
         unfinished.unlink(missing_ok=True)
-        raise ValueError(f"{path} could not be written: {error}") from error
     for other in checkpoints(folder)[:-1]:
         other.unlink()
 
@@ -303,20 +303,18 @@ def tracker(name, folder, settings, done):
     After a resume, what was sent of updates beyond `done` is sent again, not doubled."""
     if not name or rank() > 0:
         return lambda step, metrics: None
+
+    def flat(validation=None, **metrics):  # reward=x, validation={"greedy": y} -> {"reward": x, "validation/greedy": y}
+        return metrics | {f"validation/{kind}": value for kind, value in (validation or {}).items()}
+
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(folder), purge_step=done + 1, max_queue=1)  # nothing to lose when it is killed
-        return lambda step, metrics: [writer.add_scalar(*pair, step) for pair in flat(metrics).items()]
+        return lambda step, metrics: [writer.add_scalar(*pair, step) for pair in flat(**metrics).items()]
     import wandb
 
     key = uuid.uuid5(uuid.NAMESPACE_URL, folder.resolve().as_uri()).hex  # every checkout may have such a folder
     with failing_as("--tracker wandb"):  # no login, no network
         run = wandb.init(project="agrpo", name=folder.name, dir=str(folder), id=key, resume="allow", config=settings)
-    return lambda step, metrics: run.log(flat(metrics), step=step)
-
-
-def flat(metrics):
-    """{"reward": x, "validation": {"greedy": y}} -> {"reward": x, "validation/greedy": y}"""
-    checked = {f"validation/{kind}": value for kind, value in metrics.get("validation", {}).items()}
-    return {name: value for name, value in metrics.items() if name != "validation"} | checked
+    return lambda step, metrics: run.log(flat(**metrics), step=step)
