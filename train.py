@@ -222,7 +222,7 @@ def pretrained_model(run, config):
 def main_job(run, config):
     """Base model, test, reinforce, test, and everything a person would want to look at."""
     started = time.perf_counter()
-    evaluation.device_of(run)
+    runs.device_of(run)
     if run.resume and (Path(run.resume) / "summary.json").exists():
         return runs.say(f"{run.resume} is finished: {runs.command(1)} --evaluate {run.resume}")
     enough = run.prompts_per_step >= runs.processes()

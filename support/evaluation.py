@@ -1,7 +1,5 @@
-"""Measuring: questions become sequences, answers become verdicts, and a model becomes a table.
-
-Setup is what nearly every function here and in train.py needs: a model, its tokenizer, a task, and all settings.
-"""
+"""Measuring: questions become sequences, answers become verdicts, and a model becomes a table. Setup is what nearly
+every function here and in train.py needs: a model, its tokenizer, a task, and all settings."""
 
 import itertools
 import re
@@ -36,12 +34,6 @@ class Setup:
     penalty: Callable | None = None  # KL or entropy bonus
 
 
-def device_of(run):
-    """Where the model lives: a GPU if there is one, but tiny models are faster, and exactly repeatable, on a CPU."""
-    cuda = run.model != "tiny" and torch.cuda.is_available()
-    return runs.start_processes("cuda" if cuda else "cpu")
-
-
 def task_of(run):
     """The task as the tiny model or, in words and with larger numbers, an instruction-tuned model is asked it."""
     return (tasks.TASKS if run.model == "tiny" else words.TASKS)[run.task]
@@ -49,7 +41,7 @@ def task_of(run):
 
 def load_model(name, run):
     """(model, tokenizer) of a folder or hub id, on this process's device."""
-    device, revision = device_of(run), run.revision or None
+    device, revision = runs.device_of(run), run.revision or None
     # Updates of 5e-6 vanish in bfloat16: weights that are trained themselves are float32, as adapters are.
     frozen = run.lora_rank > 0 or run.evaluate
     dtype = torch.bfloat16 if device.type == "cuda" and frozen else torch.float32
@@ -109,29 +101,25 @@ def policy(setup, kind, steps=None):
 
 
 def grade(setup, examples, kind, steps=None, description=""):
-    """Answer every example once and judge each answer against its own example; processes share the work.
-
-    Returns dicts in the order of the examples: prompt, completion, correct, length (tokens other than <eos>), seconds.
-    """
+    """Answer every example once and judge each answer against its own example; processes share the work. Returns dicts
+    in the order of the examples: prompt, completion, correct, length (tokens other than <eos>), seconds."""
     (config, rollout), (_, generator) = policy(setup, kind, steps), runs.streams(setup.run.seed, "evaluation")
-    mine = range(runs.rank(), len(examples), runs.processes())  # may be empty; only gather is then left to do
-    ids, mask, answer = encode(setup, [examples[i] for i in mine or [0]], settings.length(setup.run))
-    records = {}
-    # A bar where it takes more than two seconds.
-    with tqdm(total=len(mine), desc=description, leave=False, delay=2, disable=runs.rank() > 0) as bar:
-        for rows in torch.arange(len(mine)).split(rows_per_pass(setup, ids)) if mine else ():
+    mine = examples[runs.rank() :: runs.processes()]  # may be empty; only gather is then left to do
+    ids, mask, answer = encode(setup, mine or examples[:1], settings.length(setup.run))
+    size, records = rows_per_pass(setup, ids), []
+    with tqdm(total=len(mine), desc=description, leave=False, delay=2, disable=runs.rank() > 0) as bar:  # after 2 s
+        for rows in (slice(first, first + size) for first in range(0, len(mine), size)):
             started, kept = time.perf_counter(), mask[rows].any(0)  # no column of padding alone
-            run = rollout(setup.model, ids[rows][:, kept], mask[rows][:, kept], config, generator)
-            texts = decode(setup, run.ids, answer[rows][:, kept])
-            lengths = ((run.ids != run.eos_token_id) & answer[rows][:, kept]).sum(1).tolist()
-            seconds = (time.perf_counter() - started) / len(rows)
-            for i, text, length in zip(rows.tolist(), texts, lengths):
-                example = examples[mine[i]]
+            run = rollout(setup.model, ids[rows, kept], mask[rows, kept], config, generator)
+            texts = decode(setup, run.ids, answer[rows, kept])
+            lengths = ((run.ids != run.eos_token_id) & answer[rows, kept]).sum(1).tolist()
+            seconds = (time.perf_counter() - started) / len(texts)
+            for example, text, length in zip(mine[rows], texts, lengths):
                 verdict = {"correct": setup.task.is_correct(text, example), "length": length, "seconds": seconds}
-                records[mine[i]] = {"prompt": setup.task.question(example), "completion": text} | verdict
-            bar.update(len(rows))
-    merged = {i: record for part in runs.gather(records) for i, record in part.items()}
-    return [merged[i] for i in range(len(examples))]
+                records.append({"prompt": setup.task.question(example), "completion": text} | verdict)
+            bar.update(len(texts))
+    parts = runs.gather(records)  # the examples were dealt out in turn
+    return [parts[i % len(parts)][i // len(parts)] for i in range(len(examples))]
 
 
 def mean(records, name):
@@ -153,7 +141,7 @@ def by_sampling_steps(setup, examples):
 # ------------------------------------------------------------------------------------------- programs
 def evaluate(run, config):
     """Measure a finished run or a model, a line per number of sampling steps; or answer one typed question."""
-    device_of(run)
+    runs.device_of(run)
     folder, task = Path(run.evaluate), task_of(run)
     a_run = runs.read_settings(folder)
     finished = not a_run or (folder / "summary.json").exists()
@@ -170,18 +158,17 @@ def evaluate(run, config):
     if run.out or not a_run:
         folder = runs.from_first(lambda: runs.new_folder(run.out, f"evaluation-{run.task}"))
     label = run.task if own else f"{run.task}-{Path(run.data).stem}"
-    report = {"model": model, "task": run.task, "questions": run.data or run.eval_split, "seed": run.seed}
-    report |= runs.provenance() | {"rows": []}
-    completions = []
+    about = {"model": model, "task": run.task, "questions": run.data or run.eval_split, "seed": run.seed}
+    about |= runs.provenance()
+    rows, completions = [], []
     pictures.print_evaluation()
     for steps, kind in itertools.product(run.eval_steps, run.eval_policies):
         records = grade(setup, questions, kind, steps, f"{steps} steps, {kind}")
         row = {"steps": steps, "policy": kind, "answers": len(records), "accuracy": mean(records, "correct")}
-        row |= {name: mean(records, name) for name in ("length", "seconds")}
-        report["rows"].append(row)
+        rows.append(row | {name: mean(records, name) for name in ("length", "seconds")})
         completions.extend({"steps": steps, "policy": kind} | record for record in records)
-        pictures.print_evaluation(row)
-        runs.from_first(lambda: runs.write_json(folder / f"evaluation-{label}.json", report))
+        pictures.print_evaluation(rows[-1])
+        runs.from_first(lambda: runs.write_json(folder / f"evaluation-{label}.json", about | {"rows": rows}))
         runs.from_first(lambda: runs.write_lines(folder / f"completions-{label}.jsonl", completions))
     runs.say(f"{folder / f'evaluation-{label}.json'}, every answer in completions-{label}.jsonl")
 

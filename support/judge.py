@@ -1,9 +1,8 @@
 """math-verify in a process of its own, killed when it thinks for too long: its parser computes what it reads,
 9^{9^{9^9}} included, and no timeout inside the process stops that. A killed judgement counts as wrong.
+The limit is in CPU seconds, kept by the kernel: a busy machine changes no verdict, and an orphan ends too."""
 
-The limit is in CPU seconds, kept by the kernel: a busy machine changes no verdict, and an orphan ends too.
-"""
-
+import contextlib
 import json
 import select
 import signal
@@ -16,22 +15,15 @@ class Judge:
     """The process, started when it is needed and again after it was killed."""
 
     CPU_SECONDS, WALL_SECONDS, BYTES = 2, 120, 4 * 2**30
-
-    def __init__(self):
-        self.process = None
+    process = None
 
     def equivalent(self, gold, answer):
         """Whether two LaTeX expressions (text) are the same mathematics."""
         self.start()
-        try:
+        with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps([gold, answer]) + "\n")
             self.process.stdin.flush()
-            verdict = self._line()
-        except BrokenPipeError:
-            verdict = ""
-        if verdict not in ("True\n", "False\n"):
-            self.close()
-        return verdict == "True\n"
+        return self._line("True\n", "False\n") == "True\n"
 
     def start(self):
         """Make sure that the process runs. Raises ValueError where math-verify is missing."""
@@ -41,18 +33,17 @@ class Judge:
         streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
         # A session of its own: Ctrl-C is meant for the run, and must not turn a right answer into a wrong one.
         self.process = subprocess.Popen(command, cwd=Path(__file__).parents[1], start_new_session=True, **streams)
-        if self._line() != "ready\n":
-            self.close()
+        if not self._line("ready\n"):
             raise ValueError("this task needs math-verify: pip install math-verify")
 
-    def _line(self):
-        """The next line that the process writes, "" if it ends or is stuck."""
+    def _line(self, *expected):
+        """The next line that the process writes, if it is one of these; else None, and the process is killed."""
         ready = select.select([self.process.stdout], [], [], self.WALL_SECONDS)[0]
-        return self.process.stdout.readline() if ready else ""
-
-    def close(self):
+        line = self.process.stdout.readline() if ready else ""
+        if line in expected:
+            return line
         self.process.kill()
-        self.process.communicate()
+        self.process.communicate()  # closes the pipes
         self.process = None
 
 

@@ -2,17 +2,14 @@
 
 A run's folder holds config.json (every setting), metrics.jsonl (a line per update), base.json and summary.json (what
 was measured before and after), checkpoint-N, model/ and curve.png. Lines are appended to metrics.jsonl, and --resume
-drops those after its checkpoint; all else is written beside its place and renamed, so that what is there is whole.
-A run killed at any moment continues with --resume as if it had not been.
-"""
+drops those after its checkpoint; all else is written beside its place and renamed, so that what is there is whole: a
+run killed at any moment continues as if it had not been."""
 
 import atexit
 import contextlib
 import itertools
 import json
-import math
 import os
-import platform
 import random
 import shutil
 import signal
@@ -30,14 +27,17 @@ from support import in_one_line
 
 
 # ---------------------------------------------------------------------------------------------- processes
-def start_processes(device_type):
-    """Join the process group that torchrun started this process in, if it did; returns this process's device."""
+def device_of(run):
+    """Where the model lives: a GPU if there is one, but tiny models are faster, and exactly repeatable, on a CPU. Joins
+    the process group that torchrun started this process in, if it did."""
+    cuda = run.model != "tiny" and torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
-        if device_type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+        if cuda:
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if cuda else "gloo")
         atexit.register(dist.destroy_process_group)
-    return torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
+    return device
 
 
 def leave(message, code):
@@ -74,18 +74,16 @@ def say(*words):
 
 def from_first(make):
     """The value of make(), called on rank 0 alone and sent to all."""
-    if processes() == 1:
-        return make()
-    box = [None]
+    value = None
     if rank() == 0:
         try:
-            box = [make()]
+            value = make()
         except (ValueError, OSError) as error:  # all must hear of it, or they would wait for ever
-            box = [error]
-    dist.broadcast_object_list(box, src=0)
-    if isinstance(box[0], Exception):
-        raise box[0]
-    return box[0]
+            value = error
+    value = gather(value)[0]
+    if isinstance(value, Exception):
+        raise value
+    return value
 
 
 def gather(value):
@@ -97,21 +95,15 @@ def gather(value):
 
 
 def average_gradients(parameters, share):
-    """Replace each gradient by the sum over processes of share x gradient, share = this process's part of the batch.
-
-    A loss that is a mean over completions then has the gradient of one process with the whole batch. A process whose
-    groups all agreed has no gradient, and takes part with zeros. One message carries all of it.
-    """
+    """Replace each gradient by the sum over processes of share x gradient, share = this process's part of the batch:
+    that of one process with the whole batch, whose loss is a mean over completions."""
     parameters = list(parameters)
     if processes() == 1 or not any(gather(any(parameter.grad is not None for parameter in parameters))):
         return  # where nothing was learnt anywhere no optimizer step, as in one process
     for parameter in parameters:
-        if parameter.grad is None:
+        if parameter.grad is None:  # the groups of this process all agreed
             parameter.grad = torch.zeros_like(parameter)
-    gradients = [parameter.grad for parameter in parameters]
-    flat = torch.nn.utils.parameters_to_vector(gradients).mul_(share)  # (all their elements,)
-    dist.all_reduce(flat)
-    torch.nn.utils.vector_to_parameters(flat, gradients)
+        dist.all_reduce(parameter.grad.mul_(share))
 
 
 def explain(error, run):
@@ -123,15 +115,22 @@ def explain(error, run):
     return f"process {rank()} of {processes()} ends: {text}" if processes() > 1 else text
 
 
+@contextlib.contextmanager
+def failing_as(problem):
+    """Within: whatever is raised becomes a ValueError of one line, `problem` and the reason."""
+    try:
+        yield
+    except Exception as error:  # libraries have kinds of their own, which differ between releases
+        raise ValueError(f"{problem}: {in_one_line(error, 300)}") from error
+
+
 def merge_metrics(metrics, share):
     """One update's numbers over all processes: counts are summed, the largest error kept, means weighted by share."""
     rows = gather((share, metrics))
-    if len(rows) == 1:
-        return metrics
     merged = {name: sum(share * row[name] for share, row in rows) for name in metrics}
     merged["evaluations"] = sum(row["evaluations"] for _, row in rows)
-    # A nan is the largest error of all; max alone would lose it.
-    merged["ratio_error"] = max((row["ratio_error"] for _, row in rows), key=lambda x: (math.isnan(x), x))
+    errors = [row["ratio_error"] for _, row in rows]
+    merged["ratio_error"] = torch.tensor(errors, dtype=torch.float64).max().item()  # unlike Python's max it keeps a nan
     return merged
 
 
@@ -192,7 +191,7 @@ def write_lines(path, rows):
 def read_settings(folder):
     """{"run": ..., "algorithm": ...} of a run's folder, or None where the folder holds no run."""
     try:
-        stored = json.loads((Path(folder) / "config.json").read_text())
+        stored = read_json(Path(folder) / "config.json")
         return stored if isinstance(stored["run"], dict) and isinstance(stored["algorithm"], dict) else None
     except (KeyError, OSError, TypeError, ValueError):
         return None
@@ -201,11 +200,10 @@ def read_settings(folder):
 def provenance():
     """What else decides a run's numbers: library versions, processes, the commit of this code."""
     git = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty= with changes"]
-    try:
+    commit = None
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
         commit = subprocess.check_output(git, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
-    versions = {"python": platform.python_version()}
+    versions = {"python": sys.version.split()[0]}
     for package in ("torch", "transformers", "safetensors", "peft", "datasets", "math-verify"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
@@ -224,30 +222,22 @@ def save_checkpoint(folder, step, seconds, model, optimizer, rng, generator):
     states = gather(generator.get_state())  # each process draws its own random numbers
     if rank() > 0:
         return
-    path = folder / f"checkpoint-{step}"
-    unfinished = path.with_suffix(".tmp")
-    everything = {
-        "step": step,
-        "seconds": seconds,
-        "weights": {name: parameter.detach() for name, parameter in trainable(model).items()},
-        "optimizer": optimizer.state_dict(),
-        "rng": rng.getstate(),
-        "generators": states,
-    }
+    path, unfinished = folder / f"checkpoint-{step}", folder / f"checkpoint-{step}.tmp"
+    everything = {"step": step, "seconds": seconds, "weights": trainable(model)}
+    everything |= {"optimizer": optimizer.state_dict(), "rng": rng.getstate(), "generators": states}
     try:
-        torch.save(everything, unfinished)
-        unfinished.rename(path)
-    except Exception as error:  # a full disk, say
+        with failing_as(f"{path} could not be written"):  # a full disk, say
+            torch.save(everything, unfinished)
+            unfinished.rename(path)
+    finally:
         unfinished.unlink(missing_ok=True)
-        raise ValueError(f"{path} could not be written: {error}") from error
     for other in checkpoints(folder)[:-1]:
         other.unlink()
 
 
 def checkpoints(folder):
     """The folder's complete checkpoints, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if path.suffix != ".tmp"]
-    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+    return sorted(folder.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.partition("-")[2]))
 
 
 def load_checkpoint(folder, model, optimizer, rng, generator):
@@ -259,11 +249,10 @@ def load_checkpoint(folder, model, optimizer, rng, generator):
         return 0, 0.0
     try:
         stored = torch.load(found[-1], map_location="cpu", weights_only=True)  # tensors and numbers, no code
-        made_by, mine = len(stored["generators"]), trainable(model)
-        same_number = made_by == processes()
-        require(same_number, f"it was made by {made_by} processes: {command(made_by)} --resume {folder}")
-        shapes = [{name: tensor.shape for name, tensor in of.items()} for of in (stored["weights"], mine)]
-        require(shapes[0] == shapes[1], "it has other parameters")
+        made_by = len(stored["generators"])
+        require(made_by == processes(), f"it was made by {made_by} processes: {command(made_by)} --resume {folder}")
+        theirs, mine = ({k: v.shape for k, v in of.items()} for of in (stored["weights"], trainable(model)))
+        require(theirs == mine, "it has other parameters")
         model.load_state_dict(stored["weights"], strict=False)  # not strict: what is frozen is not in it
         optimizer.load_state_dict(stored["optimizer"])
         generator.set_state(stored["generators"][rank()])
@@ -277,8 +266,8 @@ def load_checkpoint(folder, model, optimizer, rng, generator):
 def rewind_metrics(path, step):
     """Keep the lines of metrics.jsonl up to `step`, which the updates after it will write again; returns them."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):  # the last line may be half there
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # the last line may be half there
+        for line in path.read_text().splitlines():
             rows.append(json.loads(line))
     rows = [row for row in rows if row["step"] <= step]
     write_lines(path, rows)
@@ -302,37 +291,30 @@ def finish_what_was_begun():
         stop.append(number)
         say("\nfinishing this update, then saving; once more to stop at once")
 
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with contextlib.ExitStack() as afterwards:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            afterwards.callback(signal.signal, number, signal.signal(number, handler))
         yield stop
-    finally:
-        for number, action in previous.items():
-            signal.signal(number, action)
 
 
 # -------------------------------------------------------------------------------------------------- logs
 def tracker(name, folder, settings, done):
     """A function of (step, metrics) that sends the numbers to TensorBoard or Weights & Biases, or nowhere for name "".
-
-    `done` updates were made before the run was resumed: what was sent of later ones is sent again, not doubled."""
+    After a resume, what was sent of updates beyond `done` is sent again, not doubled."""
     if not name or rank() > 0:
         return lambda step, metrics: None
+
+    def flat(validation=None, **metrics):  # reward=x, validation={"greedy": y} -> {"reward": x, "validation/greedy": y}
+        return metrics | {f"validation/{kind}": value for kind, value in (validation or {}).items()}
+
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(folder), purge_step=done + 1, max_queue=1)  # nothing to lose when it is killed
-        return lambda step, metrics: [writer.add_scalar(*pair, step) for pair in flat(metrics).items()]
+        return lambda step, metrics: [writer.add_scalar(*pair, step) for pair in flat(**metrics).items()]
     import wandb
 
     key = uuid.uuid5(uuid.NAMESPACE_URL, folder.resolve().as_uri()).hex  # every checkout may have such a folder
-    try:
+    with failing_as("--tracker wandb"):  # no login, no network
         run = wandb.init(project="agrpo", name=folder.name, dir=str(folder), id=key, resume="allow", config=settings)
-    except Exception as error:  # its own kinds: no login, no network
-        raise ValueError(f"--tracker wandb: {error}") from error
-    return lambda step, metrics: run.log(flat(metrics), step=step)
-
-
-def flat(metrics):
-    """{"reward": x, "validation": {"greedy": y}} -> {"reward": x, "validation/greedy": y}"""
-    checked = {f"validation/{kind}": value for kind, value in metrics.get("validation", {}).items()}
-    return {name: value for name, value in metrics.items() if name != "validation"} | checked
+    return lambda step, metrics: run.log(flat(**metrics), step=step)

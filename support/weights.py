@@ -1,8 +1,6 @@
 """Weights come in and go out here: checkpoints of LLaDA's structure, LoRA adapters, and the tokenizers beside them.
-
 No code of the hub's is ever run, and no pickle is ever opened: config.json, safetensors and tokenizer.json are data.
-What does not fit, or is not there, raises ValueError in one line.
-"""
+What does not fit, or is not there, raises ValueError in one line."""
 
 import copy
 import json
@@ -13,14 +11,15 @@ from pathlib import Path
 import torch
 
 from agrpo import require
-from support import in_one_line, package
+from support import package
+from support.runs import failing_as, read_json, write_json
 from tiny_dllm import Config, MaskedDiffusionLM
 
-# What every model of this structure has in common, in the words of LLaDA's config.json: written on save, and a
-# folder that says otherwise is refused on load instead of being run as something that it is not.
+# What all models of this structure share, in the words of LLaDA's config.json. A folder that says otherwise is refused
+# instead of being run as something that it is not.
 STRUCTURE = {"model_type": "llada", "block_type": "llama", "layer_norm_type": "rms", "activation_type": "silu"}
-LACKS = ("alibi", "include_bias", "include_qkv_bias", "weight_tying", "attention_layer_norm", "input_emb_norm")
-STRUCTURE |= {"rope": True, "scale_logits": False} | dict.fromkeys(LACKS, False)
+LACKS = "alibi include_bias include_qkv_bias weight_tying attention_layer_norm input_emb_norm scale_logits"
+STRUCTURE |= {"rope": True} | dict.fromkeys(LACKS.split(), False)
 
 # Hub repositories change under their names; these do not. Others: --revision, or the newest, which is recorded.
 REVISIONS = {"GSAI-ML/LLaDA-8B-Instruct": "6059b30c9531767ce47e0ca6a8161a6bb0c67693"}
@@ -39,51 +38,39 @@ def load(path_or_hub_id, dtype=None, device="cpu", revision=None):
     require(found, f"{folder} has no adapter_model.safetensors; pickled adapters are not opened")
     base = read_weights(stored["base_model_name_or_path"], dtype, device, stored.get("revision"))
     peft = package("peft", "LoRA")
-    try:  # eval: an adapter that was trained with dropout must not have it here, see add_lora
+    with failing_as(f"the adapter in {folder} does not fit"):
+        # eval: an adapter that was trained with dropout must not have it here, see add_lora
         return peft.PeftModel.from_pretrained(base, folder, is_trainable=True).eval()
-    except Exception as error:  # its own kinds, and safetensors'
-        raise ValueError(f"the adapter in {folder} does not fit: {in_one_line(error, 300)}") from error
 
 
 def read_weights(path_or_hub_id, dtype=None, device="cpu", revision=None):
     """Our model with the weights of a folder or hub repository of LLaDA's structure, in dtype, on the device.
-
     Tensor by tensor into a model without memory, from files that are mapped: one tensor is held twice at most.
-    Raises ValueError on another structure, missing, surplus or misshapen tensors, broken files, and pickles.
-    """
-    from safetensors import SafetensorError, safe_open
+    Raises ValueError on another structure, missing, surplus or misshapen tensors, broken files, and pickles."""
+    from safetensors import safe_open
 
     folder, tensors = local_folder(path_or_hub_id, revision), {}
     with torch.device("meta"):
         model = MaskedDiffusionLM(read_config(folder / "config.json"))
-    try:
-        for file in weight_files(folder):
-            with safe_open(file, "pt", device=str(device)) as shard:
+    with failing_as(f"the weights in {folder} do not fit"):
+        index = read_json(folder / "model.safetensors.index.json")  # says which shards there are, if not one file
+        for file in sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]:
+            there = (folder / file).exists()
+            require(there, f"there is no {file}; a pickle (.bin, .pt) could run code and is not opened")
+            with safe_open(folder / file, "pt", device=str(device)) as shard:
                 for name in shard.keys():  # noqa: SIM118 (it is no dict)
                     tensor = shard.get_tensor(name)
                     tensors[name] = tensor.to(dtype or tensor.dtype, copy=True)  # a copy: the file may be replaced
         model.load_state_dict(tensors, assign=True)  # says what is missing, surplus or misshapen
-    except (SafetensorError, OSError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"the weights in {folder} do not fit: {in_one_line(error, 300)}") from error
     # Where they came from: peft and add_lora write both into adapters. A snapshot's folder is named after its commit.
     model.name_or_path = str(path_or_hub_id)
     model.revision = None if Path(path_or_hub_id).is_dir() else folder.name
     return model
 
 
-def weight_files(folder):
-    """The safetensors files that hold the weights: the shards that an index names, or a single one."""
-    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    for name in names:
-        require((folder / name).exists(), f"there is no {name}; a pickle (.bin, .pt) could run code and is not opened")
-    return [folder / name for name in names]
-
-
 def read_config(file):
     """LLaDA's config.json -> Config. Raises ValueError if it describes another structure."""
-    try:
+    with failing_as(f"{file} does not describe a model of LLaDA's structure"):
         stored = json.loads(file.read_text())
         same = {"n_kv_heads": stored["n_heads"], "embedding_size": stored["vocab_size"]}  # null means the same
         expected = STRUCTURE | {name: value for name, value in same.items() if stored.get(name) is not None}
@@ -91,8 +78,6 @@ def read_config(file):
         config = Config(**{field.name: stored[field.name] for field in fields(Config)})
         require(not wrong, f"it has {wrong}")
         return config
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} does not describe a model of LLaDA's structure: {error}") from error
 
 
 def save(model, path):
@@ -102,10 +87,10 @@ def save(model, path):
     if hasattr(model, "peft_config"):
         # Left to itself, peft reads the base model's config.json with a class of transformers, to compare vocabularies.
         return model.save_pretrained(path, save_embedding_layers=False)
-    folder, sizes = Path(path), asdict(model.config)
+    folder, config = Path(path), model.config
     folder.mkdir(parents=True, exist_ok=True)
-    config = STRUCTURE | sizes | {"n_kv_heads": sizes["n_heads"], "embedding_size": sizes["vocab_size"]}
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    stored = STRUCTURE | asdict(config) | {"n_kv_heads": config.n_heads, "embedding_size": config.vocab_size}
+    write_json(folder / "config.json", stored)
     save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -144,14 +129,11 @@ def frozen_copy(model):
 def adapter_config(folder):
     """What adapter_config.json says, None where the folder holds no adapter."""
     file = folder / "adapter_config.json"
-    if not file.exists():
-        return None
-    try:
-        stored = json.loads(file.read_text())
-        require(isinstance(stored["base_model_name_or_path"], str), "base_model_name_or_path names no model")
+    with failing_as(f"{file} does not describe an adapter"):
+        stored = read_json(file)
+        names = not file.exists() or isinstance(stored["base_model_name_or_path"], str)
+        require(names, "base_model_name_or_path names no model")
         return stored
-    except (KeyError, OSError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} does not describe an adapter: {error}") from error
 
 
 # -------------------------------------------------------------------------------------------- tokenizers, the hub
@@ -163,10 +145,8 @@ def load_tokenizer(path_or_hub_id, revision=None):
     folder = local_folder(path_or_hub_id, revision)
     if (adapter := adapter_config(folder)) and not (folder / "tokenizer.json").exists():
         return load_tokenizer(adapter["base_model_name_or_path"], adapter.get("revision"))
-    try:
+    with failing_as(f"{folder} has no tokenizer that can be read"):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, padding_side="left")
-    except Exception as error:  # a broken tokenizer.json raises a bare Exception
-        raise ValueError(f"{folder} has no tokenizer that can be read: {in_one_line(error, 300)}") from error
     chats = tokenizer.chat_template is not None
     require(chats, f"the tokenizer in {folder} has no chat template: is it an instruction-tuned model?")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -180,8 +160,5 @@ def local_folder(path_or_hub_id, revision=None):
     from huggingface_hub import snapshot_download
 
     commit, data = revision or REVISIONS.get(path_or_hub_id), ["*.json", "*.safetensors", "*.jinja"]
-    try:
+    with failing_as(f"{path_or_hub_id} is no folder here, and the hub did not give it"):
         return Path(snapshot_download(str(path_or_hub_id), revision=commit, allow_patterns=data))
-    except Exception as error:  # its own kinds differ between releases
-        reason = in_one_line(error, 300)
-        raise ValueError(f"{path_or_hub_id} is no folder here, and the hub did not give it: {reason}") from error

@@ -10,24 +10,33 @@ answer in <answer> tags. Rewards are the AGRPO paper's: 3.0 for a correct answer
 Questions are generated (countdown, sudoku), fetched from the hub (gsm8k, math), or read from a local file (all four).
 """
 
+import contextlib
 import functools
+import itertools
 import random
 import re
 from fractions import Fraction
 
 from agrpo import require
-from support.data import hub_rows, part_of_file, read_rows, to_examples
+from support.data import hub_rows, read_rows, to_examples
 from support.judge import JUDGE
 from tasks import ALLOWED, OPERATORS, SEED, Countdown, Sudoku, Task, all_grids, extract_answer, part_of, tagged
 
-MAX_RESULT_LENGTH = 200  # characters of a mathematical result: what is longer is not compared
+MAX_RESULT_LENGTH = 200  # characters of a mathematical result: of a longer one the end is kept
 
 
 class InWords:
     """What a task in words adds to a Task: a system message, and data files whose rows _from_row makes examples."""
 
     def _split_of_file(self, split, data):
-        return part_of_file(data, self.read(data), self.key, split)
+        """A tenth of a file for testing, a twentieth for validation, the rest for training, by key: no key in two."""
+        examples = self.read(data)
+        keys = sorted({self.key(example) for example in examples})
+        random.Random(SEED).shuffle(keys)
+        tests, validations = max(1, len(keys) // 10), max(1, len(keys) // 20)
+        require(len(keys) > tests + validations, f"{data}: {len(keys)} different questions are too few to divide")
+        chosen = set(part_of(keys, split, tests, validations))
+        return [example for example in examples if self.key(example) in chosen]
 
     def read(self, path):
         """All examples of a local JSONL, CSV or parquet file. A malformed row raises ValueError with file and line."""
@@ -58,10 +67,13 @@ class ChatCountdown(InWords, Countdown):
         rng, examples = random.Random(SEED), {}
         while len(examples) < self.NUM_TRAIN + self.NUM_VALIDATION + self.NUM_TEST:
             numbers = rng.choices(range(1, self.MAX_NUMBER + 1), k=3)
-            value = _random_value(numbers, rng)
-            if value.denominator == 1 and 1 <= value <= 100:
-                # One target per multiset: here the splits share no multiset either.
-                examples.setdefault(tuple(sorted(numbers)), {"numbers": numbers, "target": int(value)})
+            a, b, c = map(Fraction, rng.sample(numbers, 3))
+            first, second = rng.choices([*OPERATORS[0].values(), *OPERATORS[1].values()], k=2)
+            with contextlib.suppress(ZeroDivisionError):
+                value = second(first(a, b), c) if rng.random() < 0.5 else first(a, second(b, c))
+                if value.denominator == 1 and 1 <= value <= 100:
+                    # One target per multiset: here the splits share no multiset either.
+                    examples.setdefault(tuple(sorted(numbers)), {"numbers": numbers, "target": int(value)})
         return list(examples.values())
 
     def question(self, example):
@@ -87,16 +99,6 @@ class ChatCountdown(InWords, Countdown):
         stated = right.strip() == str(example["target"])
         form = (allowed + self._uses_the_numbers(left, example) + stated) / 3 if equals else 0.0
         return super().reward(completion, example) + form
-
-
-def _random_value(numbers, rng):
-    """The value of a random expression with each of three numbers once; 0 where it would divide by zero."""
-    a, b, c = map(Fraction, rng.sample(numbers, 3))
-    first, second = rng.choices([*OPERATORS[0].values(), *OPERATORS[1].values()], k=2)
-    try:
-        return second(first(a, b), c) if rng.random() < 0.5 else first(a, second(b, c))
-    except ZeroDivisionError:
-        return Fraction(0)
 
 
 class ChatSudoku(InWords, Sudoku):
@@ -166,17 +168,13 @@ class GSM8K(InWords, Task):
     @functools.cache  # noqa: B019
     def _split(self, split):
         if split == "test":
-            return self._hub(self.TEST)
+            return to_examples(hub_rows(*self.TEST), self._from_row)
         examples = self._training_examples()
         random.Random(SEED).shuffle(examples)
         return part_of(examples, split, 0, self.NUM_VALIDATION)
 
     def _training_examples(self):
-        return self._hub(self.TRAIN)
-
-    def _hub(self, source, wanted=lambda row: True):
-        """The examples of a data set on the hub, out of its `wanted` rows."""
-        return to_examples(((where, row) for where, row in hub_rows(*source) if wanted(row)), self._from_row)
+        return to_examples(hub_rows(*self.TRAIN), self._from_row)
 
     def _from_row(self, row):
         """Columns question and answer, whose last line is "#### 18"."""
@@ -218,8 +216,9 @@ class MATH(GSM8K):
 
     def _training_examples(self):
         tests = {example["question"] for example in self._split("test")}
-        # A few of its solutions box no answer. A row without a solution is wanted: it is malformed and says so.
-        examples = self._hub(self.TRAIN, wanted=lambda row: "solution" not in row or _boxed(row["solution"]))
+        # A few of its solutions box no answer. A row without a solution stays: it is malformed and says so.
+        rows = ((w, row) for w, row in hub_rows(*self.TRAIN) if "solution" not in row or _boxed(row["solution"]))
+        examples = to_examples(rows, self._from_row)
         return [e for e in examples if e["question"] not in tests and e["level"] <= self.MAX_LEVEL]
 
     def _from_row(self, row):
@@ -251,7 +250,7 @@ def _last_number(text):
 
 
 def _result(completion):
-    """What the completion says the result is: the last \\boxed, or else the answer, of which the end is kept."""
+    """What the completion says the result is: the last \\boxed, or else the answer."""
     answer = tagged(completion)
     boxed = _boxed(answer)
     return (answer if boxed is None else boxed).strip()[-MAX_RESULT_LENGTH:]
@@ -259,17 +258,13 @@ def _result(completion):
 
 def _boxed(text):
     """The content of the last \\boxed{...}, or None."""
-    start = text.rfind("\\boxed")
-    if start < 0:
+    _, found, rest = text.rpartition("\\boxed")
+    if not found:
         return None
-    if bare := re.match(r"\\boxed\s+([^\s{}$]+)", text[start:]):  # "\\boxed 2", as some solutions have it
+    if bare := re.match(r"\s+([^\s{}$]+)", rest):  # "\\boxed 2", as some solutions have it
         return bare.group(1)
-    depth = 0
-    for i in range(start + len("\\boxed"), len(text)):
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
-        if depth == 0:
-            return text[start + len("\\boxed{") : i] if text[i] == "}" else None
-    return None
+    depths = list(itertools.accumulate((c == "{") - (c == "}") for c in rest))
+    return rest[1 : depths.index(0)] if rest.startswith("{") and 0 in depths else None
 
 
 def _number(text):
@@ -281,14 +276,11 @@ def _number(text):
 
 def equivalent(answer, gold):
     """Whether two mathematical expressions are the same. Numbers are compared exactly, the rest by math-verify."""
-    if not answer or len(answer) > MAX_RESULT_LENGTH:
-        return False
-    if "".join(answer.split()) == "".join(gold.split()):
-        return True
-    a, b = _number(answer), _number(gold)
-    if a is not None and b is not None:
-        return a == b
-    return JUDGE.equivalent(gold, answer)
+    values = _number(answer), _number(gold)
+    if None not in values:
+        return values[0] == values[1]
+    same = "".join(answer.split()) == "".join(gold.split())
+    return answer != "" and (same or JUDGE.equivalent(gold, answer))
 
 
 TASKS = {"countdown": ChatCountdown(), "sudoku": ChatSudoku(), "gsm8k": GSM8K(), "math": MATH()}
