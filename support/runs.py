@@ -120,6 +120,8 @@ def failing_as(problem):
     """Within: whatever is raised becomes a ValueError of one line, `problem` and the reason."""
     try:
         yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise  # explain knows what to lower
     except Exception as error:  # libraries have kinds of their own, which differ between releases
         raise ValueError(f"{problem}: {in_one_line(error, 300)}") from error
 
