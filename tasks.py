@@ -306,7 +306,7 @@ class Tracking(Task):
 
     STATES, LETTERS = "01234", "abcd"
 
-    def __init__(self, length):
+    def __init__(self, length=8):
         self.completion_length = length
         rng = random.Random(SEED)
         self.moves = {letter: "".join(rng.sample(self.STATES, len(self.STATES))) for letter in self.LETTERS}

@@ -16,7 +16,7 @@ import pytest
 from support import words
 from tasks import SPLITS, TASKS, all_grids, evaluate, extract_answer, solutions
 
-COUNTDOWN, SUDOKU = TASKS["countdown"], TASKS["sudoku"]
+COUNTDOWN, SUDOKU, TRACKING = TASKS["countdown"], TASKS["sudoku"], TASKS["tracking"]
 GAME = {"numbers": [3, 7, 12], "target": 16}
 GRID = {"puzzle": "0310200404001043", "solution": "4312213434211243"}
 HOSTILE = (
@@ -47,7 +47,7 @@ HOSTILE = (
 )
 
 
-@pytest.fixture(params=["countdown", "sudoku"])
+@pytest.fixture(params=["countdown", "sudoku", "tracking"])
 def task(request):
     return TASKS[request.param]
 
@@ -63,6 +63,13 @@ def test_splits_share_no_countdown_pair_and_no_sudoku_grid():
         assert not pairs[a] & pairs[b] and not grids[a] & grids[b]
 
 
+@pytest.mark.parametrize("name", [name for name in TASKS if name.startswith("tracking")])
+def test_splits_share_no_question_of_state_tracking(name):
+    words = [{TASKS[name].question(e) for e in TASKS[name].load(s)} for s in SPLITS]
+    assert [len(w) for w in words] == [len(TASKS[name].load(s)) for s in SPLITS]  # none twice
+    assert not words[0] & words[1] and not words[0] & words[2] and not words[1] & words[2]
+
+
 def test_enough_distinct_questions_and_plain_examples(task):
     assert len({task.question(e) for e in task.load("test")}) >= 500
     assert len(task.load("train")) > 4000 and len(task.load("validation")) == 500
@@ -73,7 +80,7 @@ def test_loading_is_deterministic_across_processes_and_leaves_the_global_generat
     state = random.getstate()
     type(task)().load("validation")
     assert random.getstate() == state
-    names = "('countdown', 'sudoku')"
+    names = "('countdown', 'sudoku', 'tracking')"
     code = f"import json, tasks; print(json.dumps([tasks.TASKS[name].load('test') for name in {names}]))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
     assert task.load("test") in json.loads(out)
@@ -160,6 +167,10 @@ def test_a_typed_question_may_be_spaced_freely():
             "a\nb",
             "",
         )
+    ]
+    + [
+        ("tracking", t)
+        for t in ("2abcadbc", "2abcadbcaa", "5abcadbca", "2abcadbce", "٣abcadbca", "abcadbca2", "a\nb", "")
     ],
 )
 def test_a_malformed_question_is_refused_in_one_line_with_a_valid_one(name, text):
@@ -171,6 +182,36 @@ def test_a_malformed_question_is_refused_in_one_line_with_a_valid_one(name, text
 
 
 # ---- Rewards
+
+
+def test_a_tracked_state_depends_on_every_letter_and_their_order():
+    answer = TRACKING.solution({"start": 2, "letters": "abcadbca"}, None)
+    state, states = 2, []
+    for letter in "abcadbca":  # one table look-up after another
+        state = int(TRACKING.moves[letter][state])
+        states.append(str(state))
+    assert answer == "".join(states)
+    assert all(sorted(move) == sorted(TRACKING.STATES) for move in TRACKING.moves.values())
+    last = {TRACKING.solution({"start": s, "letters": w}, None)[-1] for s in range(5) for w in ("abcadbca", "bacadbca")}
+    assert last == set(TRACKING.STATES)
+    moved = [[TRACKING.solution({"start": s, "letters": w}, None)[1] for s in range(5)] for w in ("ab", "ba")]
+    assert moved[0] != moved[1]  # they do not commute
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("32310004", True),
+        ("00000004", True),
+        ("32310003", False),
+        ("3231000", False),
+        ("323100044", False),
+        ("32310 04", False),
+    ],
+)
+def test_tracking_rewards_the_last_state_alone(answer, right):
+    example = {"start": 2, "letters": "abcadbca"}
+    assert TRACKING.is_correct(answer, example) is right and TRACKING.reward(answer, example) == float(right)
 
 
 def test_the_answer_stands_in_the_last_complete_pair_of_tags():
