@@ -52,7 +52,6 @@ def micro_reward(words, seed, levels=3):
 # ---------------------------------------------------------------------------------------- every trajectory
 def scripts(n, config, unmasking):
     """All that a rollout can be told to draw: ranks that make the order (S, n), words for every step (m, S, n).
-
     In random order a position is drawn once, at whichever step; under low confidence a step draws its whole block."""
     steps = [range(first, last) for first, last, counts in agrpo.schedule(n, config) for _ in counts]
     orders, draws = list(itertools.permutations(range(n))), [(slice(None), position) for position in range(n)]
@@ -65,10 +64,16 @@ def scripts(n, config, unmasking):
     return torch.tensor(orders).repeat_interleave(len(words), 0), table.repeat(1, len(orders), 1)
 
 
-@torch.no_grad()
-def enumerate_trajectories(model, ids, attention_mask, config, unmasking="random"):
-    """All trajectories as one Rollout of N rows, p(tau) (N,), p(order) (N,); ids, attention_mask (1, L).
+def merged(keys, p):
+    """Rows of equal keys (N, F) as one: a row of each (D,), which of these every row is (N,), their sums of p (D,)."""
+    distinct, index = keys.unique(dim=0, return_inverse=True)
+    one = torch.zeros(len(distinct), dtype=torch.long).scatter(0, index, torch.arange(len(index)))
+    return one, index, torch.zeros(len(distinct), dtype=p.dtype).index_add(0, index, p)
 
+
+@torch.no_grad()
+def enumerate_trajectories(model, ids, attention_mask, config, unmasking):
+    """All trajectories as one Rollout of N rows, p(tau) (N,), p(order) (N,); ids, attention_mask (1, L).
     agrpo.rollout runs every script: where it asks for uniforms it gets the ranks, then the words. Scripts of which an
     early stop left a part unused give equal rows. The share count / S of the scripts that give a row is p(order) times
     the chance of its words if they were drawn evenly, 1/3 at every draw."""
@@ -76,22 +81,20 @@ def enumerate_trajectories(model, ids, attention_mask, config, unmasking="random
     numbers, (ids, attention_mask) = iter([order, *words]), (x.expand(len(order), -1) for x in (ids, attention_mask))
     with patch.multiple(agrpo, uniforms=lambda *_: next(numbers).double(), inverse_cdf=lambda p, u: u.long()):
         run = variants.ROLLOUTS[unmasking](model, ids, attention_mask, config, None)
-    draws, logp, keys = 0, 0, [run.ids, run.unmask_step]
+    draws, logp, drawn = 0, torch.zeros(len(order), dtype=torch.float64), [run.ids, run.unmask_step]
     for t in range(run.sampling_steps):
         positions, tokens, logprobs = run.action_at(torch.full_like(run.steps_taken, t))
-        keys.append(torch.full_like(run.ids, -1).masked_scatter(positions, tokens))
+        drawn.append(torch.full_like(run.ids, -1).masked_scatter(positions, tokens))
         draws = draws + positions.sum(1)
         logp = logp + torch.zeros_like(run.logprobs).masked_scatter(positions, logprobs).sum(1)
-    _, index, count = torch.cat(keys, 1).unique(dim=0, return_inverse=True, return_counts=True)
-    one = torch.zeros_like(count).scatter(0, index, torch.arange(len(index)))  # a script of each row
-    order_p = count.double() / len(index) * 3 ** draws[one]
+    one, _, count = merged(torch.cat(drawn, 1), torch.ones_like(logp))
+    order_p = count / len(order) * 3 ** draws[one]
     p = order_p * logp[one].exp()
     return run[one[p > 0]], p[p > 0], order_p[p > 0]  # top-k and top-p make some impossible
 
 
 def trajectory_logp(model, run, config):
     """log p(everything drawn | order) (N,), differentiable, with a softmax of its own.
-
     Under low confidence which tokens are kept is held fixed: where the ranking does not tie, it does not move."""
     log_p = torch.zeros(len(run.ids), dtype=torch.float64)
     for t in range(run.sampling_steps):
@@ -143,11 +146,8 @@ class Problem:
 
     def estimate(self, estimate, rows, config, generator=None):
         """The two tables (B, m) of an estimator for a batch of trajectories: rows (B,), in groups of G."""
-
-        def step_rewards(wanted):
-            return self.step_rewards[rows] * wanted[:, None]
-
-        return estimate(self.run[rows], self.rewards[rows], config, generator or torch.Generator(), step_rewards)
+        R, r, generator = self.rewards[rows], self.step_rewards[rows], generator or torch.Generator()
+        return estimate(self.run[rows], R, config, generator, lambda wanted: r * wanted[:, None])
 
     def follow(self, advantages, weights, rows=slice(None), accumulate=agrpo.accumulate_gradient, **more):
         """m times the ascent gradient (parameters,) that agrpo.accumulate_gradient adds for a batch of trajectories."""
@@ -172,7 +172,6 @@ def spread(rows, k, generator):
 @patch.object(variants, "stratified_over_batch", spread)
 def outcomes(call):
     """Every outcome of what `call`, which returns two tables, draws: [(probability (B,), A, w (B, m))].
-
     Weights are piecewise constant in the uniforms U, with jumps where a draw u meets the cumulative q of its row, or
     where an end of the p meets the comb that a batch shares. One U in the middle of each piece stands for it, and its
     length is its probability. Rows that draw for themselves go through their pieces side by side."""
