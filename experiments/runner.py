@@ -94,7 +94,6 @@ def compare(name, scale, families, claims, seeds=None, task="countdown", test_st
 # ------------------------------------------------------------------------------------------- one learning run
 def learn(task, seed, variant, scale, test_steps=()):
     """Policy gradients from the seed's own base model until so many model evaluations are used up.
-
     Returns the validations on the way and the accuracies at the end, on test questions."""
     variant, scale, passed = Variant(**variant), Scale(**scale), []
     flags = ["--prompts-per-step", scale.prompts, "--sampling-steps", variant.m, "--mc-samples", variant.k]
@@ -102,7 +101,12 @@ def learn(task, seed, variant, scale, test_steps=()):
     # Counts sequences. The reference of a KL is copied from the model, and counts here too.
     setup.model.register_forward_pre_hook(lambda _, inputs: passed.append(len(inputs[0])))
     rng, generator = streams(seed, "reinforce")
-    setup = with_variant(train.with_algorithm(setup), variant, generator)
+    setup = train.with_algorithm(setup)
+    if variant.draw or variant.contrast:  # what no flag says; a contrast draws no timesteps
+        setup = replace(setup, estimate=getattr(draws, variant.draw or "every_step"))
+    if variant.contrast:
+        masks = {"generator": generator} if variant.contrast == "elbo" else {}
+        setup = replace(setup, accumulate=partial(getattr(contrasts, variant.contrast), **masks))
     run, config, model = setup.run, setup.config, setup.model
     examples, validation, test = (setup.task.load(split) for split in ("train", "validation", "test"))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, run.adam_beta2), weight_decay=0.0, fused=True)
@@ -140,15 +144,6 @@ def learn(task, seed, variant, scale, test_steps=()):
     }
 
 
-def with_variant(setup, variant, generator):
-    """The setup with what no flag says: an estimator of draws.py, or a contrast, which draws no timesteps."""
-    if variant.contrast:
-        masks = {"generator": generator} if variant.contrast == "elbo" else {}
-        accumulate = partial(getattr(contrasts, variant.contrast), **masks)
-        return replace(setup, estimate=draws.every_step, accumulate=accumulate)
-    return replace(setup, estimate=getattr(draws, variant.draw)) if variant.draw else setup
-
-
 def base_of(task, seed, base_steps, n=0, *flags):
     """The Setup of a seed's own base model, which is trained now or was by an earlier run."""
     flags = ["--task", task, "--seed", seed, "--base-steps", base_steps, *flags]
@@ -176,18 +171,15 @@ def do_all(function, jobs, description):
     FOLDER.mkdir(parents=True, exist_ok=True)
     paths = [FOLDER / f"{job_name(function, job)}.json" for job in jobs]
     todo = [(function, path, job) for path, job in dict(zip(paths, jobs)).items() if not path.exists()]
-    with tqdm(total=len(todo), desc=description) as bar:
-        for _ in done_in_parallel(todo) if WORKERS else map(do_one, todo):
-            bar.update()
+    progress = partial(tqdm, desc=description, total=len(todo))
+    if WORKERS:
+        with multiprocessing.get_context("spawn").Pool(WORKERS, initialise, (FOLDER,)) as pool:
+            list(progress(pool.imap_unordered(do_one, todo)))  # an error, or Ctrl-C, ends those that are not finished
+            pool.close()  # all is done: they may end by themselves
+            pool.join()
+    else:
+        list(progress(map(do_one, todo)))
     return [json.loads(path.read_text()) for path in paths]
-
-
-def done_in_parallel(todo):
-    """Yield as runs are finished; an error, or Ctrl-C, ends those that are not."""
-    with multiprocessing.get_context("spawn").Pool(WORKERS, initialise, (FOLDER,)) as pool:
-        yield from pool.imap_unordered(do_one, todo)
-        pool.close()  # all is done: they may end by themselves
-        pool.join()
 
 
 def initialise(folder):
