@@ -223,8 +223,7 @@ def row(policy, *args, how=measure, levels=3, **more):
     return lambda seed, sharpness=1.0: how(problem(seed, sharpness, levels, **policy), *args, **more)
 
 
-ONES = {"advantages": lambda x, *_: torch.ones_like(x.step_rewards), "rescale": False}  # all is in the weights
-by_slot = partial(measure, draws=slot_draws, **ONES)
+by_slot = partial(measure, advantages=lambda x, *_: torch.ones_like(x.step_rewards), draws=slot_draws, rescale=False)
 ELBO = partial(contrasts.elbo, generator=torch.Generator())
 RAMP = partial(stepwise, c=torch.arange(4, dtype=torch.float64) / 4, gate=True)
 ENTROPY, ONE = {"importance_sampling": "entropy"}, {"mc_samples": 1}

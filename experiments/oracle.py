@@ -4,12 +4,12 @@
     python experiments/oracle.py agrpo-sa                                     another of variants.py
     python experiments/oracle.py experiments/my_estimate.py:lowest_entropy    yours, or any
 
-A micro model (three words and [MASK], up to four tokens) has so few trajectories that all of them can be listed, each
-with its probability, in float64. Then J = sum_tau p(tau) R(tau) is a plain function that autograd differentiates, and
-the expectation of an estimator that draws by agrpo.uniforms is a finite sum: nothing is sampled, no tolerance hides
-anything. agrpo.rollout writes the trajectories; the softmax that they are checked by, and that is differentiated, is
-one of our own. Somebody's own estimator may draw as it likes: it is called on sampled groups, and has an error. There
-is one question: what an estimator does between questions is not seen.
+A micro model (three words and [MASK], up to four tokens) has so few trajectories that all can be listed, each with its
+probability, in float64. Then J = sum_tau p(tau) R(tau) is a plain function that autograd differentiates, and the
+expectation of an estimator that draws by agrpo.uniforms is a finite sum: nothing is sampled, no tolerance hides
+anything. agrpo.rollout writes the trajectories; a softmax of our own checks them, and is differentiated. Somebody's own
+estimator may draw as it likes: it is called on sampled groups, and has an error. What it does between questions is not
+seen: there is one.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from tiny_dllm import Config, MaskedDiffusionLM
 
 EOS, A, B, MASK = range(4)  # the whole vocabulary
 QUESTION = (A, B, B, MASK, MASK, MASK, MASK)
+COMPLETIONS = 64  # of a call on sampled groups
 
 
 def micro_model(seed, sharpness=1.0):
@@ -139,10 +140,10 @@ class Problem:
             return micro_reward(finished[:, ids[0] == MASK], seed, levels)
 
         greedy = variants.GreedyCompletions(self.model)
-        self.run, self.p, order_p = enumerate_trajectories(greedy, ids, mask, self.config, unmasking)  # N; (N,); (N,)
-        self.order_p, self.rewards = order_p, judge(None, self.run.ids)  # (N,), R (N,)
+        self.run, self.p, self.order_p = enumerate_trajectories(greedy, ids, mask, self.config, unmasking)  # N; (N,)
+        self.rewards = judge(None, self.run.ids)  # R (N,)
         self.step_rewards = greedy.step_rewards(self.run, judge, G=1)(self.p > 0)  # r_t (N, m)
-        self.gradient = exact_gradient(self.model, self.run, order_p, self.config, self.rewards)  # (parameters,)
+        self.gradient = exact_gradient(self.model, self.run, self.order_p, self.config, self.rewards)  # (parameters,)
 
     def estimate(self, estimate, rows, config, generator=None):
         """The two tables (B, m) of an estimator for a batch of trajectories: rows (B,), in groups of G."""
@@ -175,27 +176,23 @@ def outcomes(call):
     Weights are piecewise constant in the uniforms U, with jumps where a draw u meets the cumulative q of its row, or
     where an end of the p meets the comb that a batch shares. One U in the middle of each piece stands for it, and its
     length is its probability. Rows that draw for themselves go through their pieces side by side."""
-    free, jumps, inverse_cdf = [], [], agrpo.inverse_cdf
-
-    def first(shape, generator):
-        free.append(math.prod(shape[1:]))  # uniforms of each row, or the one of a batch
-        return torch.zeros(shape, dtype=torch.float64)
-
-    def search(q, u):
-        jumps.append(q.cumsum(1) * u.shape[1] / free[0] % 1)  # low discrepancy: u_j = (j + U) / k
-        return inverse_cdf(q, u)
-
-    def comb(p, U):
-        jumps.append(-p.flatten().cumsum(0)[None] % 1)
-        return torch.zeros_like(p)
-
-    with patch.multiple(agrpo, uniforms=first, inverse_cdf=search), patch.object(variants, "systematic_draw", comb):
+    with (
+        patch.object(agrpo, "uniforms", side_effect=lambda shape, _: torch.zeros(shape, dtype=torch.float64)) as asked,
+        patch.object(agrpo, "inverse_cdf", wraps=agrpo.inverse_cdf) as search,
+        patch.object(variants, "systematic_draw", wraps=variants.systematic_draw) as comb,
+    ):
         tables = call()
-    if not free:  # nothing is drawn
+    if not asked.called:  # nothing is drawn
         return [(torch.ones(len(tables[0]), dtype=torch.float64), *tables)]
-    edges = F.pad(F.pad(jumps[0].sort(1).values, (1, 0)), (0, 1), value=1.0)  # (B or 1, pieces + 1)
+    free = math.prod(asked.call_args.args[0][1:])  # uniforms of each row, or the one of a batch
+    if search.called:
+        q, u = search.call_args.args
+        jumps = q.cumsum(1) * u.shape[1] / free % 1  # low discrepancy: u_j = (j + U) / k
+    else:
+        jumps = -comb.call_args.args[0].flatten().cumsum(0)[None] % 1
+    edges = F.pad(F.pad(jumps.sort(1).values, (1, 0)), (0, 1), value=1.0)  # (B or 1, pieces + 1)
     middle, length, found = (edges[:, 1:] + edges[:, :-1]) / 2, edges.diff(dim=1), []
-    for piece in itertools.product(range(middle.shape[1]), repeat=free[0]):
+    for piece in itertools.product(range(middle.shape[1]), repeat=free):
         with patch.object(agrpo, "uniforms", lambda shape, generator, piece=piece: middle[:, piece].reshape(shape)):
             found.append((length[:, piece].prod(1).expand(len(tables[0])), *call()))
     return found
@@ -225,9 +222,6 @@ def compare(estimate, exact):
 
 
 # ------------------------------------------------------------------------------------ anybody's, by sampling
-COMPLETIONS = 64  # of a call
-
-
 def sample(x, estimate, calls=500):
     """Gradients (calls, parameters) of batches of sampled groups, as training accumulates them, (G - 1) / G undone."""
     G, generator, found = x.config.num_generations, torch.Generator().manual_seed(0), []

@@ -78,12 +78,11 @@ def compare(name, scale, families, claims, seeds=None, task="countdown", test_st
     other ones of the Scale, unless it is that of --quick."""
     scale = scale if scale == QUICK else replace(scale, **sizes)
     compared = list(dict.fromkeys(itertools.chain(*families.values())))
-    jobs, bases = [], []
-    for seed, v in itertools.product(seeds or range(scale.seeds), compared):
-        bases.append({"task": task, "seed": seed, "base_steps": scale.base_steps, "n": v.n})
-        job = {"task": task, "seed": seed, "test_steps": test_steps}
-        # Neither another name nor one seed more repeats a run.
-        jobs.append(job | {"variant": asdict(replace(v, label="")), "scale": asdict(replace(scale, seeds=0))})
+    cases = list(itertools.product(seeds or range(scale.seeds), compared))
+    bases = [{"task": task, "seed": seed, "base_steps": scale.base_steps, "n": v.n} for seed, v in cases]
+    # Neither another name nor one seed more repeats a run.
+    common = {"task": task, "scale": asdict(replace(scale, seeds=0)), "test_steps": test_steps}
+    jobs = [common | {"seed": seed, "variant": asdict(replace(v, label=""))} for seed, v in cases]
     do_all(make_base, bases, "base models")
     results = do_all(learn, jobs, name)
     results = {v.label: results[i :: len(compared)] for i, v in enumerate(compared)}
@@ -135,13 +134,9 @@ def learn(task, seed, variant, scale, test_steps=()):
         used += sum(passed)
         if progress() >= min(len(curve) / scale.checks, 1):
             check()
-    return {
-        "curve": curve,
-        "updates": len(history),
-        "sampling_steps": config.sampling_steps,
-        "test": evaluation.by_sampling_steps(measured, test[: scale.questions]),
-        "diversity": diversity(measured, test[: scale.questions // 5]),
-    }
+    accuracies = evaluation.by_sampling_steps(measured, test[: scale.questions])
+    found = {"curve": curve, "updates": len(history), "sampling_steps": config.sampling_steps, "test": accuracies}
+    return found | {"diversity": diversity(measured, test[: scale.questions // 5])}
 
 
 def base_of(task, seed, base_steps, n=0, *flags):
