@@ -102,9 +102,9 @@ def scores(model, run, config):
     pairs, index = torch.stack([part.state_at(t), actions], 1).unique(dim=0, return_inverse=True)  # (D, 2, L)
 
     def logp(parameters, pair):  # `positions` would not vmap
-        (ids, action), tokens = pair, pair[1].clamp(min=0)
+        ids, action = pair
         logits = functional_call(model, parameters, (ids[None], run.attention_mask[:1]))[0]  # (L, V)
-        log_pi = agrpo.token_logprobs(logits, run.mask_token_id, config).gather(1, tokens[:, None])
+        log_pi = agrpo.token_logprobs(logits, run.mask_token_id, config).gather(1, action.clamp(min=0)[:, None])
         return log_pi.squeeze(1).where(action >= 0, 0).sum()
 
     with sdpa_kernel(SDPBackend.MATH):  # the one that vmaps

@@ -44,10 +44,11 @@ def micro_model(seed, sharpness=1.0):
     return model
 
 
-def micro_reward(words, seed, levels=3):
-    """R (B,) of what was written (B, n): an arbitrary table of `levels` distinct values, drawn once per seed."""
-    table = torch.rand(3 ** words.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return ((table * levels).floor() / (levels - 1))[(words * 3 ** torch.arange(words.shape[1])).sum(1)]
+def micro_judge(blank, seed, levels):
+    """judge(questions, ids (B, L)) -> R (B,), by what was written where blank (L,): any table of `levels` values."""
+    n, generator = int(blank.sum()), torch.Generator().manual_seed(seed)
+    R = (torch.rand(3**n, generator=generator, dtype=torch.float64) * levels).floor() / (levels - 1)
+    return lambda questions, ids: R[(ids[:, blank] * 3 ** torch.arange(n)).sum(1)]
 
 
 # ---------------------------------------------------------------------------------------- every trajectory
@@ -135,11 +136,7 @@ class Problem:
         self.model = micro_model(seed, sharpness)
         self.config = AGRPOConfig(**{"sampling_steps": 4, "mc_samples": 2, "num_generations": 2} | policy)
         ids, mask = torch.tensor([ids]), torch.tensor([attended or [1] * len(ids)]).bool()  # (1, L)
-
-        def judge(questions, finished):
-            return micro_reward(finished[:, ids[0] == MASK], seed, levels)
-
-        greedy = variants.GreedyCompletions(self.model)
+        greedy, judge = variants.GreedyCompletions(self.model), micro_judge(ids[0] == MASK, seed, levels)
         self.run, self.p, self.order_p = enumerate_trajectories(greedy, ids, mask, self.config, unmasking)  # N; (N,)
         self.rewards = judge(None, self.run.ids)  # R (N,)
         self.step_rewards = greedy.step_rewards(self.run, judge, G=1)(self.p > 0)  # r_t (N, m)
