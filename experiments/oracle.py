@@ -45,7 +45,8 @@ def micro_model(seed, sharpness=1.0):
 
 
 def micro_judge(blank, seed, levels):
-    """judge(questions, ids (B, L)) -> R (B,), by what was written where blank (L,): any table of `levels` values."""
+    """judge(questions, ids (B, L)) -> R (B,) of what is written where blank (L,): an arbitrary table of `levels`
+    distinct values, drawn once per seed."""
     n, generator = int(blank.sum()), torch.Generator().manual_seed(seed)
     R = (torch.rand(3**n, generator=generator, dtype=torch.float64) * levels).floor() / (levels - 1)
     return lambda questions, ids: R[(ids[:, blank] * 3 ** torch.arange(n)).sum(1)]
@@ -263,10 +264,10 @@ def measure(name):
     print(f"{name}: n = m = 4 in blocks of two, k = 2, G = 4; 500 calls of {COMPLETIONS} completions for each model")
     print_table(["bias", "beyond scale", "cosine", "variance"], rows)
     length, direction = torch.stack(seen).any(0)
-    verdict = "biased: it points elsewhere than the policy gradient, and no learning rate makes up for that"
-    if not direction:
-        verdict = "no bias beyond what these samples can see" + ", up to a factor: learning rate" * bool(length)
-    print(f"\n{verdict}")
+    if direction:
+        print("\nbiased: it points elsewhere than the policy gradient, and no learning rate makes up for that")
+    else:
+        print("\nno bias beyond what these samples can see" + ", up to a factor: learning rate" * bool(length))
     if name in variants.ALGORITHMS:
         x = problem(0, ids=QUESTION[:-2], block_length=1, sampling_steps=2, num_generations=3, mc_samples=1)
         exactly = compare(1.5 * x.expected(expected_table(x, estimate, x.config)), x.gradient)["beyond_scale"]

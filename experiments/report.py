@@ -32,18 +32,17 @@ def paired(seeds, reference, measure="sampled", steps=None):
 
 def learning_row(seeds, reference):
     """The runs of an estimator: how they end, their difference to the reference's of the same seeds, the curve."""
-    points = zip(*(result["curve"] for result in seeds))
+    points = list(zip(*(result["curve"] for result in seeds)))
+    curve = [{name: statistics.mean(x[name] for x in point) for name in point[0]} for point in points]
+    for means, point in zip(curve, points):
+        means["sampled"] = interval(x["sampled"] for x in point)
     return {
         **{name: interval(at_end(x, name) for x in seeds) for name in (*POLICIES, "pass@16", "distinct")},
         **{f"{policy} minus reference": paired(seeds, reference, policy) for policy in POLICIES},
         **{name: statistics.mean(x[name] for x in seeds) for name in ("updates", "cpu_seconds")},
         "seeds": {policy: [at_end(x, policy) for x in seeds] for policy in POLICIES},
         "decoded": {m: {p: interval(at_end(x, p, m) for x in seeds) for p in POLICIES} for m in seeds[0]["test"]},
-        "curve": [
-            {name: statistics.mean(x[name] for x in point) for name in point[0]}
-            | {"sampled": interval(x["sampled"] for x in point)}
-            for point in points
-        ],
+        "curve": curve,
     }
 
 
@@ -93,7 +92,7 @@ def tell(name, scale, results, families, claims):
 
 
 # ------------------------------------------------------------------------------------------ kept and drawn
-def finish(name, value, draw, size, panels=(1, 1)):
+def finish(name, value, draw, size, panels):
     """Write estimators-NAME.json and .png; draw(axes) fills the panels (rows, columns)."""
     from matplotlib.figure import Figure
 

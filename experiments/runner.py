@@ -127,8 +127,7 @@ def learn(task, seed, variant, scale, test_steps=()):
 
     check()
     while (share := progress()) < 1:  # warm-up, constant, to zero over the last fifth: as in train.py
-        rate = run.learning_rate * min(1, (len(history) + 1) / 10, 5 * (1 - share))
-        optimizer.param_groups[0]["lr"] = rate
+        optimizer.param_groups[0]["lr"] = run.learning_rate * min(1, (len(history) + 1) / 10, 5 * (1 - share))
         passed.clear()
         history.append(train.update(setup, rng.choices(examples, k=scale.prompts), optimizer, generator))
         used += sum(passed)
