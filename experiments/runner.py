@@ -165,15 +165,18 @@ def do_all(function, jobs, description):
     FOLDER.mkdir(parents=True, exist_ok=True)
     paths = [FOLDER / f"{job_name(function, job)}.json" for job in jobs]
     todo = [(function, path, job) for path, job in dict(zip(paths, jobs)).items() if not path.exists()]
-    progress = partial(tqdm, desc=description, total=len(todo))
-    if WORKERS:
-        with multiprocessing.get_context("spawn").Pool(WORKERS, initialise, (FOLDER,)) as pool:
-            list(progress(pool.imap_unordered(do_one, todo)))  # an error, or Ctrl-C, ends those that are not finished
-            pool.close()  # all is done: they may end by themselves
-            pool.join()
-    else:
-        list(progress(map(do_one, todo)))
+    with tqdm(total=len(todo), desc=description) as bar:
+        for _ in done_in_parallel(todo) if WORKERS else map(do_one, todo):
+            bar.update()
     return [json.loads(path.read_text()) for path in paths]
+
+
+def done_in_parallel(todo):
+    """Yield as runs are finished; an error, or Ctrl-C, ends those that are not."""
+    with multiprocessing.get_context("spawn").Pool(WORKERS, initialise, (FOLDER,)) as pool:
+        yield from pool.imap_unordered(do_one, todo)
+        pool.close()  # all is done: they may end by themselves
+        pool.join()
 
 
 def initialise(folder):
