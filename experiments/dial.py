@@ -23,7 +23,7 @@ DIALS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 class Chain(torch.nn.Module):
-    """p(x_1 x_2 x_3), logits (1 - dial) a_j + dial b[letter_j, x_(j-1)]: each state by its place, or by the one before.
+    """p(x_1 x_2 x_3), logits sqrt(1 - dial^2) a_j + dial b[letter_j, x_(j-1)]: a state by its place or by the one before.
 
     Asked about a half-masked answer it gives each token's true conditional probability, as a perfectly trained masked
     diffusion model would: whatever a likelihood of one pass misses is not the model's fault."""
@@ -41,7 +41,9 @@ class Chain(torch.nn.Module):
         """ids (B, 7) -> logits (B, 7, 4), or (N, 4) at the positions."""
         start, *letters = QUESTION[:4]
         before = torch.cat([torch.full((27, 1), start), self.answers[:, :-1]], 1)  # (27, 3)
-        logits = (1 - self.dial) * self.a + self.dial * self.b[torch.tensor(letters) - 1, before]  # (27, 3, 3)
+        logits = (1 - self.dial**2) ** 0.5 * self.a + self.dial * self.b[
+            torch.tensor(letters) - 1, before
+        ]  # (27, 3, 3)
         logp = logits.log_softmax(-1).gather(2, self.answers[..., None]).sum((1, 2))  # (27,)
         seen = input_ids[:, None, 4:]  # (B, 1, 3)
         possible = ((seen == oracle.MASK) | (seen == self.answers)).all(2)  # (B, 27)
@@ -74,7 +76,7 @@ def finding(scale):
     rows = {name: {} for name in ESTIMATORS}
     for dial in DIALS:
         policy = {"ids": QUESTION, "sampling_steps": 3, "block_length": 1}
-        problems = [oracle.Problem(seed, model=Chain(seed, dial), judge=last_state, **policy) for seed in seeds]
+        problems = [oracle.Problem(seed, world=(Chain(seed, dial), last_state), **policy) for seed in seeds]
         for name, measure in ESTIMATORS.items():
             measured = [measure(problem) for problem in problems]
             rows[name][dial] = {of: sorted(x[of] for x in measured) for of in ("cosine", "beyond_scale")}
@@ -84,7 +86,7 @@ def finding(scale):
     ):
         cells = {name: [f"{statistics.median(x[of]):.3g}" for x in row.values()] for name, row in rows.items()}
         report.print_table([f"dial {dial:g}" for dial in DIALS], cells, f"{title}, median of {len(seeds)} models")
-    report.finish("dial", {"rows": rows}, partial(draw, rows), (6, 4))
+    report.finish("dial", {"rows": rows}, partial(draw, rows), (6, 4), (1, 1))
 
 
 def draw(rows, axes):

@@ -26,16 +26,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import agrpo
 import variants
 from experiments import contrasts, oracle, report, runner
-from experiments.oracle import EOS, MASK, QUESTION, A, B, outcomes, problem
+from experiments.oracle import EOS, MASK, QUESTION, A, B, merged, outcomes, problem
 
 
 # ---------------------------------------------------------------------- estimators that are in no other file
 def stepwise(run, rewards, config, generator, step_rewards, c=0.5, gate=False):
     """c r_t subtracted; timesteps are drawn for each completion."""
     r = step_rewards(torch.ones(len(rewards), dtype=torch.bool))
-    return variants.stepwise_advantages(run, rewards, r, config, c, gate), agrpo.sample_timesteps(
-        run, config, generator
-    )
+    advantages = variants.stepwise_advantages(run, rewards, r, config, c, gate)
+    return advantages, agrpo.sample_timesteps(run, config, generator)
 
 
 def scaled_by_std(run, rewards, config, generator, step_rewards=None):
@@ -64,13 +63,6 @@ def unweighted(run, rewards, config, generator, step_rewards=None):
 
 
 # ---------------------------------------------------------------- expectation and variance of an estimator
-def merged(keys, p):
-    """Rows of equal keys (N, F) as one: a row of each (D,), which of these every row is (N,), their chances (D,)."""
-    distinct, index = keys.unique(dim=0, return_inverse=True)
-    one = torch.zeros(len(distinct), dtype=torch.long).scatter(0, index, torch.arange(len(index)))
-    return one, index, torch.zeros(len(distinct), dtype=p.dtype).index_add(0, index, p)
-
-
 def expected_advantages(x, estimate, config):
     """E[A | own trajectory] (N, m): all that advantages look at are R, T and r_t; every group of these is tried."""
     facts = torch.cat([x.rewards[:, None], x.run.steps_taken[:, None], x.step_rewards], 1)
@@ -95,17 +87,13 @@ def own_draws(x, estimate, config, A):
 
 def shared_draws(x, estimate, config, A):
     """The same of the draws of agrpo-sa, each completion a batch of its own: its steps compete with each other."""
-
-    def of(row):
-        return outcomes(lambda: (A[row], variants.shared_weights(x.run[row], A[row], config, None)))
-
-    pieces = zip(*map(of, torch.arange(len(x.p)).split(1)))
-    return [[torch.cat([outcome[i] for outcome in piece]) for i in (0, 2)] for piece in pieces]
+    batches = [(x.run[row], A[row]) for row in torch.arange(len(x.p)).split(1)]
+    found = [outcomes(lambda b=b: (b[1], variants.shared_weights(*b, config, None))) for b in batches]
+    return [(chance, w) for chance, _, w in (map(torch.cat, zip(*pieces)) for pieces in zip(*found))]
 
 
 def scores(model, run, config):
     """grad log pi(a_t | s_t) of every distinct state and action (D, parameters), and which each step has (B, m).
-
     For rows of the same padding."""
     t = torch.arange(run.sampling_steps).repeat(len(run.ids))
     part = run[torch.arange(len(run.ids)).repeat_interleave(run.sampling_steps)]
@@ -114,9 +102,9 @@ def scores(model, run, config):
     pairs, index = torch.stack([part.state_at(t), actions], 1).unique(dim=0, return_inverse=True)  # (D, 2, L)
 
     def logp(parameters, pair):  # `positions` would not vmap
-        (ids, action), tokens = pair, pair[1].clamp(min=0)
+        ids, action = pair
         logits = functional_call(model, parameters, (ids[None], run.attention_mask[:1]))[0]  # (L, V)
-        log_pi = agrpo.token_logprobs(logits, run.mask_token_id, config).gather(1, tokens[:, None])
+        log_pi = agrpo.token_logprobs(logits, run.mask_token_id, config).gather(1, action.clamp(min=0)[:, None])
         return log_pi.squeeze(1).where(action >= 0, 0).sum()
 
     with sdpa_kernel(SDPBackend.MATH):  # the one that vmaps
@@ -136,14 +124,11 @@ def mean_square(x, A, draws):
 
 
 # ------------------------------------------------------------------------------------- the kinds of rows
-UNKNOWN = {"variance": None, "largest_weight": None}
-
-
-def against(x, mean, square):
-    """oracle.compare() of E[g] and grad J, and the variance of one completion's g with its baseline at its expectation:
-    without what a baseline of few others adds."""
-    variance = (square - mean @ mean) / (x.gradient @ x.gradient)
-    return oracle.compare(mean, x.gradient) | UNKNOWN | {"variance": variance.item()}
+def against(gradient, mean, square=None, largest=None):
+    """oracle.compare() of E[g] and the gradient, and where `square` is E||g||^2 the variance of one completion's g with
+    its baseline at its expectation: without what a baseline of few others adds."""
+    variance = None if square is None else ((square - mean @ mean) / (gradient @ gradient)).item()
+    return oracle.compare(mean, gradient) | {"variance": variance, "largest_weight": largest}
 
 
 def measure(x, options, estimate=agrpo.estimate, advantages=expected_advantages, draws=own_draws, rescale=True):
@@ -158,7 +143,7 @@ def measure(x, options, estimate=agrpo.estimate, advantages=expected_advantages,
     mean = x.expected(x.p[:, None] * A * sum(chance[:, None] * w for chance, w in found))
     once = torch.stack([w.where((w > 0) & (chance > 1e-12)[:, None], math.inf) for chance, w in found]).amin(0)
     largest = A.shape[1] * once.where(once < math.inf, 0).max().item() if draws == own_draws else None
-    return against(x, mean, mean_square(x, A, found)) | {"largest_weight": largest}
+    return against(x.gradient, mean, mean_square(x, A, found), largest)
 
 
 def kept_tokens(x, options):
@@ -196,10 +181,6 @@ def slot_draws(x, estimate, config, A):
     return [(c, empty.scatter_add(1, s, w * (returns(x).gather(1, s) - means))) for c, s, w in found]
 
 
-def by_slot(x, options):
-    return measure(x, options, advantages=lambda *_: torch.ones_like(x.step_rewards), draws=slot_draws, rescale=False)
-
-
 def likelihood(x, accumulate, masks):
     """diffu-GRPO or the ELBO, whose masks (M, n) are equally likely. They know no more of a trajectory than its end."""
     one, _, p = merged(x.run.ids, x.p)  # D ends
@@ -213,7 +194,7 @@ def likelihood(x, accumulate, masks):
     S = A[:, :1, None] * masks.shape[1] / masks.sum(1)[:, None] * S[index].view(len(p), M, -1)
     k = min(M, x.config.mc_samples)  # independent masks
     square = S.square().sum(2).mean(1) / k + (1 - 1 / k) * S.mean(1).square().sum(1)
-    return against(x, mean, p @ square)
+    return against(x.gradient, mean, p @ square)
 
 
 def all_masks(n):
@@ -225,7 +206,6 @@ def all_masks(n):
 
 def per_state(seed, sharpness=1.0, entropy=False):
     """The KL (or the entropy), a penalty exact at every visited state, against the gradient of the trajectories' own.
-
     Of E[f(tau)], f = log p / p_ref or - log p, that is sum_tau grad p(tau) f(tau): sum_tau p grad log p is 0."""
     x, reference = problem(seed, sharpness), oracle.micro_model(seed + 100, sharpness)
     logp, theirs = (oracle.trajectory_logp(model, x.run, x.config).detach() for model in (x.model, reference))
@@ -234,7 +214,7 @@ def per_state(seed, sharpness=1.0, entropy=False):
         values, penalty = -logp, variants.entropy_penalty(-1.0, x.config, MASK)
     exact = oracle.exact_gradient(x.model, x.run, x.order_p, x.config, values)
     zero, p = torch.zeros_like(x.step_rewards), x.p[:, None] * variants.executed_steps(x.run)
-    return oracle.compare(-x.follow(zero, len(p) * p / p.shape[1], penalty=penalty), exact) | UNKNOWN
+    return against(exact, -x.follow(zero, len(p) * p / p.shape[1], penalty=penalty))
 
 
 # -------------------------------------------------------------------------------------------- the table
@@ -243,6 +223,7 @@ def row(policy, *args, how=measure, levels=3, **more):
     return lambda seed, sharpness=1.0: how(problem(seed, sharpness, levels, **policy), *args, **more)
 
 
+by_slot = partial(measure, advantages=lambda x, *_: torch.ones_like(x.step_rewards), draws=slot_draws, rescale=False)
 ELBO = partial(contrasts.elbo, generator=torch.Generator())
 RAMP = partial(stepwise, c=torch.arange(4, dtype=torch.float64) / 4, gate=True)
 ENTROPY, ONE = {"importance_sampling": "entropy"}, {"mc_samples": 1}

@@ -4,12 +4,12 @@
     python experiments/oracle.py agrpo-sa                                     another of variants.py
     python experiments/oracle.py experiments/my_estimate.py:lowest_entropy    yours, or any
 
-A micro model (three words and [MASK], up to four tokens) has so few trajectories that all of them can be listed, each
-with its probability, in float64. Then J = sum_tau p(tau) R(tau) is a plain function that autograd differentiates, and
-the expectation of an estimator that draws by agrpo.uniforms is a finite sum: nothing is sampled, no tolerance hides
-anything. agrpo.rollout writes the trajectories; the softmax that they are checked by, and that is differentiated, is
-one of our own. Somebody's own estimator may draw as it likes: it is called on sampled groups, and has an error. There
-is one question: what an estimator does between questions is not seen.
+A micro model (three words and [MASK], up to four tokens) has so few trajectories that all can be listed, each with its
+probability, in float64. Then J = sum_tau p(tau) R(tau) is a plain function that autograd differentiates, and the
+expectation of an estimator that draws by agrpo.uniforms is a finite sum: nothing is sampled, no tolerance hides
+anything. agrpo.rollout writes the trajectories; a softmax of our own checks them, and is differentiated. Somebody's own
+estimator may draw as it likes: it is called on sampled groups, and has an error. What it does between questions is not
+seen: there is one.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from tiny_dllm import Config, MaskedDiffusionLM
 
 EOS, A, B, MASK = range(4)  # the whole vocabulary
 QUESTION = (A, B, B, MASK, MASK, MASK, MASK)
+COMPLETIONS = 64  # of a call on sampled groups
 
 
 def micro_model(seed, sharpness=1.0):
@@ -43,17 +44,18 @@ def micro_model(seed, sharpness=1.0):
     return model
 
 
-def micro_reward(words, seed, levels=3):
-    """R (B,) of what was written (B, n): an arbitrary table of `levels` distinct values, drawn once per seed."""
-    table = torch.rand(3 ** words.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return ((table * levels).floor() / (levels - 1))[(words * 3 ** torch.arange(words.shape[1])).sum(1)]
+def micro_judge(blank, seed, levels):
+    """judge(questions, ids (B, L)) -> R (B,) of what is written where blank (L,): an arbitrary table of `levels`
+    distinct values, drawn once per seed."""
+    n, generator = int(blank.sum()), torch.Generator().manual_seed(seed)
+    R = (torch.rand(3**n, generator=generator, dtype=torch.float64) * levels).floor() / (levels - 1)
+    return lambda questions, ids: R[(ids[:, blank] * 3 ** torch.arange(n)).sum(1)]
 
 
 # ---------------------------------------------------------------------------------------- every trajectory
 def scripts(n, config, unmasking):
     """All that a rollout can be told to draw: ranks that make the order (S, n), words for every step (m, S, n).
-    Under top-k these are places among the k likeliest.
-
+    Under top-k words are places among the k likeliest.
     In random order a position is drawn once, at whichever step; under low confidence a step draws its whole block."""
     steps = [range(first, last) for first, last, _ in agrpo.schedule(n, config)]
     orders, draws = list(itertools.permutations(range(n))), [(slice(None), position) for position in range(n)]
@@ -66,10 +68,16 @@ def scripts(n, config, unmasking):
     return torch.tensor(orders).repeat_interleave(len(words), 0), table.repeat(1, len(orders), 1)
 
 
-@torch.no_grad()
-def enumerate_trajectories(model, ids, attention_mask, config, unmasking="random"):
-    """All trajectories as one Rollout of N rows, p(tau) (N,), p(order) (N,); ids, attention_mask (1, L).
+def merged(keys, p):
+    """Rows of equal keys (N, F) as one: a row of each (D,), which of these every row is (N,), their sums of p (D,)."""
+    distinct, index = keys.unique(dim=0, return_inverse=True)
+    one = torch.zeros(len(distinct), dtype=torch.long).scatter(0, index, torch.arange(len(index)))
+    return one, index, torch.zeros(len(distinct), dtype=p.dtype).index_add(0, index, p)
 
+
+@torch.no_grad()
+def enumerate_trajectories(model, ids, attention_mask, config, unmasking):
+    """All trajectories as one Rollout of N rows, p(tau) (N,), p(order) (N,); ids, attention_mask (1, L).
     agrpo.rollout runs every script: where it asks for uniforms it gets the ranks, then the words. Scripts of which an
     early stop left a part unused give equal rows. The share count / S of the scripts that give a row is p(order) times
     the chance of its words if they were drawn evenly, 1/3 (1/k under top-k) at every draw."""
@@ -77,22 +85,20 @@ def enumerate_trajectories(model, ids, attention_mask, config, unmasking="random
     numbers, (ids, attention_mask) = iter([order, *words]), (x.expand(len(order), -1) for x in (ids, attention_mask))
     with patch.multiple(agrpo, uniforms=lambda *_: next(numbers).double(), inverse_cdf=lambda p, u: u.long()):
         run = variants.ROLLOUTS[unmasking](model, ids, attention_mask, config, None)
-    draws, logp, keys = 0, 0, [run.ids, run.unmask_step]
+    draws, logp, drawn = 0, torch.zeros(len(order), dtype=torch.float64), [run.ids, run.unmask_step]
     for t in range(run.sampling_steps):
         positions, tokens, logprobs = run.action_at(torch.full_like(run.steps_taken, t))
-        keys.append(torch.full_like(run.ids, -1).masked_scatter(positions, tokens))
+        drawn.append(torch.full_like(run.ids, -1).masked_scatter(positions, tokens))
         draws = draws + positions.sum(1)
         logp = logp + torch.zeros_like(run.logprobs).masked_scatter(positions, logprobs).sum(1)
-    _, index, count = torch.cat(keys, 1).unique(dim=0, return_inverse=True, return_counts=True)
-    one = torch.zeros_like(count).scatter(0, index, torch.arange(len(index)))  # a script of each row
-    order_p = count.double() / len(index) * (config.top_k or MASK) ** draws[one]
+    one, _, count = merged(torch.cat(drawn, 1), torch.ones_like(logp))
+    order_p = count / len(order) * (config.top_k or MASK) ** draws[one]
     p = order_p * logp[one].exp()
     return run[one[p > 0]], p[p > 0], order_p[p > 0]  # top-k and top-p make some impossible
 
 
 def trajectory_logp(model, run, config):
     """log p(everything drawn | order) (N,), differentiable, with a softmax of its own.
-
     Under low confidence which tokens are kept is held fixed: where the ranking does not tie, it does not move."""
     log_p = torch.zeros(len(run.ids), dtype=torch.float64)
     for t in range(run.sampling_steps):
@@ -126,29 +132,26 @@ def flat_gradient(model):
 
 
 class Problem:
-    """One random model under one policy: all its trajectories, and the gradient to be estimated."""
+    """One random model under one policy: all its trajectories, and the gradient to be estimated. world: another model
+    and judge than those of the seed."""
 
-    def __init__(self, seed, sharpness=1.0, levels=3, ids=QUESTION, attended=None, unmasking="random", **policy):
-        self.model = micro_model(seed, sharpness)
+    def __init__(
+        self, seed, sharpness=1.0, levels=3, ids=QUESTION, attended=None, unmasking="random", world=None, **policy
+    ):
+        blank = torch.tensor(ids) == MASK
+        self.model, judge = world or (micro_model(seed, sharpness), micro_judge(blank, seed, levels))
         self.config = AGRPOConfig(**{"sampling_steps": 4, "mc_samples": 2, "num_generations": 2} | policy)
         ids, mask = torch.tensor([ids]), torch.tensor([attended or [1] * len(ids)]).bool()  # (1, L)
-
-        def judge(questions, finished):
-            return micro_reward(finished[:, ids[0] == MASK], seed, levels)
-
         greedy = variants.GreedyCompletions(self.model)
-        self.run, self.p, order_p = enumerate_trajectories(greedy, ids, mask, self.config, unmasking)  # N; (N,); (N,)
-        self.order_p, self.rewards = order_p, judge(None, self.run.ids)  # (N,), R (N,)
+        self.run, self.p, self.order_p = enumerate_trajectories(greedy, ids, mask, self.config, unmasking)  # N; (N,)
+        self.rewards = judge(None, self.run.ids)  # R (N,)
         self.step_rewards = greedy.step_rewards(self.run, judge, G=1)(self.p > 0)  # r_t (N, m)
-        self.gradient = exact_gradient(self.model, self.run, order_p, self.config, self.rewards)  # (parameters,)
+        self.gradient = exact_gradient(self.model, self.run, self.order_p, self.config, self.rewards)  # (parameters,)
 
     def estimate(self, estimate, rows, config, generator=None):
         """The two tables (B, m) of an estimator for a batch of trajectories: rows (B,), in groups of G."""
-
-        def step_rewards(wanted):
-            return self.step_rewards[rows] * wanted[:, None]
-
-        return estimate(self.run[rows], self.rewards[rows], config, generator or torch.Generator(), step_rewards)
+        R, r, generator = self.rewards[rows], self.step_rewards[rows], generator or torch.Generator()
+        return estimate(self.run[rows], R, config, generator, lambda wanted: r * wanted[:, None])
 
     def follow(self, advantages, weights, rows=slice(None), accumulate=agrpo.accumulate_gradient, **more):
         """m times the ascent gradient (parameters,) that agrpo.accumulate_gradient adds for a batch of trajectories."""
@@ -173,31 +176,26 @@ def spread(rows, k, generator):
 @patch.object(variants, "stratified_over_batch", spread)
 def outcomes(call):
     """Every outcome of what `call`, which returns two tables, draws: [(probability (B,), A, w (B, m))].
-
     Weights are piecewise constant in the uniforms U, with jumps where a draw u meets the cumulative q of its row, or
     where an end of the p meets the comb that a batch shares. One U in the middle of each piece stands for it, and its
     length is its probability. Rows that draw for themselves go through their pieces side by side."""
-    free, jumps, inverse_cdf = [], [], agrpo.inverse_cdf
-
-    def first(shape, generator):
-        free.append(math.prod(shape[1:]))  # uniforms of each row, or the one of a batch
-        return torch.zeros(shape, dtype=torch.float64)
-
-    def search(q, u):
-        jumps.append(q.cumsum(1) * u.shape[1] / free[0] % 1)  # low discrepancy: u_j = (j + U) / k
-        return inverse_cdf(q, u)
-
-    def comb(p, U):
-        jumps.append(-p.flatten().cumsum(0)[None] % 1)
-        return torch.zeros_like(p)
-
-    with patch.multiple(agrpo, uniforms=first, inverse_cdf=search), patch.object(variants, "systematic_draw", comb):
+    with (
+        patch.object(agrpo, "uniforms", side_effect=lambda shape, _: torch.zeros(shape, dtype=torch.float64)) as asked,
+        patch.object(agrpo, "inverse_cdf", wraps=agrpo.inverse_cdf) as search,
+        patch.object(variants, "systematic_draw", wraps=variants.systematic_draw) as comb,
+    ):
         tables = call()
-    if not free:  # nothing is drawn
+    if not asked.called:  # nothing is drawn
         return [(torch.ones(len(tables[0]), dtype=torch.float64), *tables)]
-    edges = F.pad(F.pad(jumps[0].sort(1).values, (1, 0)), (0, 1), value=1.0)  # (B or 1, pieces + 1)
+    free = math.prod(asked.call_args.args[0][1:])  # uniforms of each row, or the one of a batch
+    if search.called:
+        q, u = search.call_args.args
+        jumps = q.cumsum(1) * u.shape[1] / free % 1  # low discrepancy: u_j = (j + U) / k
+    else:
+        jumps = -comb.call_args.args[0].flatten().cumsum(0)[None] % 1
+    edges = F.pad(F.pad(jumps.sort(1).values, (1, 0)), (0, 1), value=1.0)  # (B or 1, pieces + 1)
     middle, length, found = (edges[:, 1:] + edges[:, :-1]) / 2, edges.diff(dim=1), []
-    for piece in itertools.product(range(middle.shape[1]), repeat=free[0]):
+    for piece in itertools.product(range(middle.shape[1]), repeat=free):
         with patch.object(agrpo, "uniforms", lambda shape, generator, piece=piece: middle[:, piece].reshape(shape)):
             found.append((length[:, piece].prod(1).expand(len(tables[0])), *call()))
     return found
@@ -227,9 +225,6 @@ def compare(estimate, exact):
 
 
 # ------------------------------------------------------------------------------------ anybody's, by sampling
-COMPLETIONS = 64  # of a call
-
-
 def sample(x, estimate, calls=500):
     """Gradients (calls, parameters) of batches of sampled groups, as training accumulates them, (G - 1) / G undone."""
     G, generator, found = x.config.num_generations, torch.Generator().manual_seed(0), []
@@ -274,10 +269,10 @@ def measure(name):
     print(f"{name}: n = m = 4 in blocks of two, k = 2, G = 4; 500 calls of {COMPLETIONS} completions for each model")
     print_table(["bias", "beyond scale", "cosine", "variance"], rows)
     length, direction = torch.stack(seen).any(0)
-    verdict = "biased: it points elsewhere than the policy gradient, and no learning rate makes up for that"
-    if not direction:
-        verdict = "no bias beyond what these samples can see" + ", up to a factor: learning rate" * bool(length)
-    print(f"\n{verdict}")
+    if direction:
+        print("\nbiased: it points elsewhere than the policy gradient, and no learning rate makes up for that")
+    else:
+        print("\nno bias beyond what these samples can see" + ", up to a factor: learning rate" * bool(length))
     if name in variants.ALGORITHMS:
         x = problem(0, ids=QUESTION[:-2], block_length=1, sampling_steps=2, num_generations=3, mc_samples=1)
         exactly = compare(1.5 * x.expected(expected_table(x, estimate, x.config)), x.gradient)["beyond_scale"]

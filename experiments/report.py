@@ -32,18 +32,17 @@ def paired(seeds, reference, measure="sampled", steps=None):
 
 def learning_row(seeds, reference):
     """The runs of an estimator: how they end, their difference to the reference's of the same seeds, the curve."""
-    points = zip(*(result["curve"] for result in seeds))
+    points = list(zip(*(result["curve"] for result in seeds)))
+    curve = [{name: statistics.mean(x[name] for x in point) for name in point[0]} for point in points]
+    for means, point in zip(curve, points):
+        means["sampled"] = interval(x["sampled"] for x in point)
     return {
         **{name: interval(at_end(x, name) for x in seeds) for name in (*POLICIES, "pass@16", "distinct")},
         **{f"{policy} minus reference": paired(seeds, reference, policy) for policy in POLICIES},
         **{name: statistics.mean(x[name] for x in seeds) for name in ("updates", "cpu_seconds")},
         "seeds": {policy: [at_end(x, policy) for x in seeds] for policy in POLICIES},
         "decoded": {m: {p: interval(at_end(x, p, m) for x in seeds) for p in POLICIES} for m in seeds[0]["test"]},
-        "curve": [
-            {name: statistics.mean(x[name] for x in point) for name in point[0]}
-            | {"sampled": interval(x["sampled"] for x in point)}
-            for point in points
-        ],
+        "curve": curve,
     }
 
 
@@ -77,9 +76,10 @@ def tell(name, scale, results, families, claims):
     for title, labels in families.items():
         rows |= {label: learning_row(results[label], results[labels[0]]) for label in labels}
         table = {}
-        for label, row in ((label, rows[label]) for label in labels):
-            table[label] = [plus_minus(row[x]) for x in ("sampled", "sampled minus reference", "greedy", "pass@16")]
-            table[label] += [f"{row['curve'][-1].get(x, 0):.2f}" for x in ("entropy", "signal")]
+        for label in labels:
+            cells = [rows[label][x] for x in ("sampled", "sampled minus reference", "greedy", "pass@16")]
+            last = [rows[label]["curve"][-1].get(x, 0) for x in ("entropy", "signal")]
+            table[label] = [*map(plus_minus, cells), *(f"{x:.2f}" for x in last)]
         print_table(["sampled, %", "less the first's", "greedy, %", "pass@16, %", "entropy", "signal"], table, title)
     print()
     for text, one, other, *how in claims:
@@ -92,23 +92,19 @@ def tell(name, scale, results, families, claims):
 
 
 # ------------------------------------------------------------------------------------------ kept and drawn
-def finish(name, value, draw, size, panels=(1, 1)):
+def finish(name, value, draw, size, panels):
     """Write estimators-NAME.json and .png; draw(axes) fills the panels (rows, columns)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     RESULTS.mkdir(parents=True, exist_ok=True)
     file = RESULTS / f"estimators-{name}.json"
     write_json(file, {"command": f"python experiments/{name.partition('-')[0]}.py"} | value)
-    figure, axes = plt.subplots(*panels, figsize=size, squeeze=False)
-    draw(axes.flatten())
+    figure = Figure(size)
+    draw(figure.subplots(*panels, squeeze=False).flatten())
     figure.tight_layout()
     unfinished = file.with_suffix(".tmp.png")
     figure.savefig(unfinished, dpi=110)
     unfinished.replace(file.with_suffix(".png"))
-    plt.close(figure)
     print(f"\n{file} and .png")
 
 

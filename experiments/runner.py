@@ -78,12 +78,11 @@ def compare(name, scale, families, claims, seeds=None, task="countdown", test_st
     other ones of the Scale, unless it is that of --quick."""
     scale = scale if scale == QUICK else replace(scale, **sizes)
     compared = list(dict.fromkeys(itertools.chain(*families.values())))
-    jobs, bases = [], []
-    for seed, v in itertools.product(seeds or range(scale.seeds), compared):
-        bases.append({"task": task, "seed": seed, "base_steps": scale.base_steps, "n": v.n})
-        job = {"task": task, "seed": seed, "test_steps": test_steps}
-        # Neither another name nor one seed more repeats a run.
-        jobs.append(job | {"variant": asdict(replace(v, label="")), "scale": asdict(replace(scale, seeds=0))})
+    cases = list(itertools.product(seeds or range(scale.seeds), compared))
+    bases = [{"task": task, "seed": seed, "base_steps": scale.base_steps, "n": v.n} for seed, v in cases]
+    # Neither another name nor one seed more repeats a run.
+    common = {"task": task, "scale": asdict(replace(scale, seeds=0)), "test_steps": test_steps}
+    jobs = [common | {"seed": seed, "variant": asdict(replace(v, label=""))} for seed, v in cases]
     do_all(make_base, bases, "base models")
     results = do_all(learn, jobs, name)
     results = {v.label: results[i :: len(compared)] for i, v in enumerate(compared)}
@@ -94,7 +93,6 @@ def compare(name, scale, families, claims, seeds=None, task="countdown", test_st
 # ------------------------------------------------------------------------------------------- one learning run
 def learn(task, seed, variant, scale, test_steps=()):
     """Policy gradients from the seed's own base model until so many model evaluations are used up.
-
     Returns the validations on the way and the accuracies at the end, on test questions."""
     variant, scale, passed = Variant(**variant), Scale(**scale), []
     flags = ["--prompts-per-step", scale.prompts, "--sampling-steps", variant.m, "--mc-samples", variant.k]
@@ -102,7 +100,12 @@ def learn(task, seed, variant, scale, test_steps=()):
     # Counts sequences. The reference of a KL is copied from the model, and counts here too.
     setup.model.register_forward_pre_hook(lambda _, inputs: passed.append(len(inputs[0])))
     rng, generator = streams(seed, "reinforce")
-    setup = with_variant(train.with_algorithm(setup), variant, generator)
+    setup = train.with_algorithm(setup)
+    if variant.draw or variant.contrast:  # what no flag says; a contrast draws no timesteps
+        setup = replace(setup, estimate=getattr(draws, variant.draw or "every_step"))
+    if variant.contrast:
+        masks = {"generator": generator} if variant.contrast == "elbo" else {}
+        setup = replace(setup, accumulate=partial(getattr(contrasts, variant.contrast), **masks))
     run, config, model = setup.run, setup.config, setup.model
     examples, validation, test = (setup.task.load(split) for split in ("train", "validation", "test"))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, run.adam_beta2), weight_decay=0.0, fused=True)
@@ -124,29 +127,15 @@ def learn(task, seed, variant, scale, test_steps=()):
 
     check()
     while (share := progress()) < 1:  # warm-up, constant, to zero over the last fifth: as in train.py
-        rate = run.learning_rate * min(1, (len(history) + 1) / 10, 5 * (1 - share))
-        optimizer.param_groups[0]["lr"] = rate
+        optimizer.param_groups[0]["lr"] = run.learning_rate * min(1, (len(history) + 1) / 10, 5 * (1 - share))
         passed.clear()
         history.append(train.update(setup, rng.choices(examples, k=scale.prompts), optimizer, generator))
         used += sum(passed)
         if progress() >= min(len(curve) / scale.checks, 1):
             check()
-    return {
-        "curve": curve,
-        "updates": len(history),
-        "sampling_steps": config.sampling_steps,
-        "test": evaluation.by_sampling_steps(measured, test[: scale.questions]),
-        "diversity": diversity(measured, test[: scale.questions // 5]),
-    }
-
-
-def with_variant(setup, variant, generator):
-    """The setup with what no flag says: an estimator of draws.py, or a contrast, which draws no timesteps."""
-    if variant.contrast:
-        masks = {"generator": generator} if variant.contrast == "elbo" else {}
-        accumulate = partial(getattr(contrasts, variant.contrast), **masks)
-        return replace(setup, estimate=draws.every_step, accumulate=accumulate)
-    return replace(setup, estimate=getattr(draws, variant.draw)) if variant.draw else setup
+    accuracies = evaluation.by_sampling_steps(measured, test[: scale.questions])
+    found = {"curve": curve, "updates": len(history), "sampling_steps": config.sampling_steps, "test": accuracies}
+    return found | {"diversity": diversity(measured, test[: scale.questions // 5])}
 
 
 def base_of(task, seed, base_steps, n=0, *flags):

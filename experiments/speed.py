@@ -36,8 +36,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @dataclass
 class Setting:
-    """One measurement."""
-
     sizes: dict
     config: AGRPOConfig
     lengths: tuple  # tokens of a question, and of an answer
@@ -77,13 +75,12 @@ def random_model(setting):
 
 
 def measure(setting):
-    """{"rollout": numbers, "update": numbers}."""
-    model, config, (given, n) = random_model(setting), replace(setting.config, shared_order=True), setting.lengths
-    G, generator = min(config.num_generations, setting.completions), torch.Generator().manual_seed(0)
-    config = replace(config, num_generations=G)
+    """The numbers {"rollout": .., "update": ..} of a Setting."""
+    model, generator, (given, n) = random_model(setting), torch.Generator().manual_seed(0), setting.lengths
+    G = min(setting.config.num_generations, setting.completions)
+    config = replace(setting.config, shared_order=True, num_generations=G)
     questions = torch.randint(model.eos_token_id, (setting.completions // G, given), generator=generator)
-    ids = questions.repeat_interleave(G, 0)
-    ids = F.pad(ids, (0, n), value=model.mask_token_id).to(DEVICE)  # (B, L)
+    ids = F.pad(questions.repeat_interleave(G, 0), (0, n), value=model.mask_token_id).to(DEVICE)  # (B, L)
 
     def rollout():
         return agrpo.rollout(model, ids, ids >= 0, config, torch.Generator().manual_seed(0))
@@ -101,18 +98,14 @@ def measure(setting):
 
 def numbers(part, model, tokens, setting):
     """Of rollout or update. The ratio is the median of those of each repeat."""
-    cpu, memory, passes = seconds(part, time.process_time), peak_memory(), passes_of(part, model)
-    bar = tqdm(range(setting.repeats), leave=False)
+    cpu = seconds(part, time.process_time)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of this process, libraries included
+    memory = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else memory
+    passes, bar = passes_of(part, model), tqdm(range(setting.repeats), leave=False)
     times = [(seconds(partial(bare, model, passes)), seconds(part)) for _ in bar]
     alone, full = (statistics.median(column) for column in zip(*times))
-    return {
-        "bare_seconds": alone,
-        "seconds": full,
-        "ratio": statistics.median(f / b for b, f in times),
-        "cpu_seconds": cpu,
-        "tokens_per_second": tokens / full,
-        "peak_memory_bytes": memory,
-    }
+    found = {"bare_seconds": alone, "seconds": full, "ratio": statistics.median(f / b for b, f in times)}
+    return found | {"cpu_seconds": cpu, "tokens_per_second": tokens / full, "peak_memory_bytes": memory}
 
 
 def passes_of(function, model):
@@ -141,13 +134,6 @@ def seconds(function, clock=time.perf_counter):
     function()
     wait()
     return clock() - started
-
-
-def peak_memory():
-    """Bytes: of the GPU where there is one, else of this process, libraries included."""
-    if DEVICE == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main(argv=None):
