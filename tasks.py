@@ -3,7 +3,7 @@
     game       question                            completion            reward if correct
     countdown  "03 07 12=16"                       "12+7-3"              3.0
     sudoku     "a31d2fg4i4kl1n43" (letters: empty) "4312213434211243"    1.0
-    tracking   "2abcadbca"                         "32310004"            1.0
+    tracking   "2abcadbca"                         "14320214"            1.0
 
 The model reads the bare question and writes the bare answer. What instruction-tuned models are asked, the same games
 in words included, is in support/words.py. A completion is hostile input: it is bounded and parsed, never evaluated, and
@@ -295,9 +295,9 @@ def _without_separators(text):
 
 # ------------------------------------------------------------------------------------------ state tracking
 class Tracking(Task):
-    """Follow a state through letters, each a fixed permutation of the five states: write the state after every letter.
+    """Follow a state through letters, each a fixed permutation that moves all five states; write it after every letter.
 
-    {"start": 2, "letters": "abcadbca"}   "2abcadbca"   ->   "32310004"
+    {"start": 2, "letters": "abcadbca"}   "2abcadbca"   ->   "14320214"
 
     The permutations do not commute, so the last state depends on every letter and on their order. Written one token at
     a time, each digit is one look at the letter and the digit before it; a single pass would have to compose them all.
@@ -309,7 +309,8 @@ class Tracking(Task):
     def __init__(self, length=8):
         self.completion_length = length
         rng = random.Random(SEED)
-        self.moves = {letter: "".join(rng.sample(self.STATES, len(self.STATES))) for letter in self.LETTERS}
+        moves = [m for m in map("".join, itertools.permutations(self.STATES)) if all(map(operator.ne, m, self.STATES))]
+        self.moves = dict(zip(self.LETTERS, rng.sample(moves, len(self.LETTERS))))
 
     @functools.cache  # noqa: B019
     def _split(self, split):

@@ -8,7 +8,7 @@ from pathlib import Path
 from support.runs import write_json
 
 RESULTS = Path(__file__).parent / "results"
-POLICIES = ("sampled", "greedy")
+POLICIES, EQUAL = ("sampled", "greedy"), "equal updates"
 T_975 = {2: 12.71, 4: 3.182, 5: 2.776, 10: 2.262, 16: 2.131}  # Student's t, by number of seeds or batches
 
 
@@ -20,9 +20,19 @@ def interval(values):
 
 def at_end(result, measure="sampled", steps=None):
     """Of a finished run: accuracy on test questions, sampled or greedy, decoded in its own or the given number of
-    steps; pass@16; or entropy or signal of the last updates."""
+    steps; pass@16; entropy or signal of the last updates; or what was added to it under the measure's name."""
     decoded = result["test"][str(steps or result["sampling_steps"])]
-    return (result["curve"][-1] | result["diversity"] | decoded)[measure]
+    return (result | result["curve"][-1] | result["diversity"] | decoded)[measure]
+
+
+def after(result, updates):
+    """Share of right answers to validation questions, sampled, after so many updates: on a line between two checks."""
+    curve = result["curve"]
+    for left, right in zip(curve, curve[1:]):
+        if left["updates"] <= updates <= right["updates"]:
+            share = (updates - left["updates"]) / (right["updates"] - left["updates"])
+            return left["sampled"] + share * (right["sampled"] - left["sampled"])
+    return curve[-1]["sampled"]
 
 
 def paired(seeds, reference, measure="sampled", steps=None):
@@ -37,7 +47,7 @@ def learning_row(seeds, reference):
     for means, point in zip(curve, points):
         means["sampled"] = interval(x["sampled"] for x in point)
     return {
-        **{name: interval(at_end(x, name) for x in seeds) for name in (*POLICIES, "pass@16", "distinct")},
+        **{name: interval(at_end(x, name) for x in seeds) for name in (*POLICIES, EQUAL, "pass@16", "distinct")},
         **{f"{policy} minus reference": paired(seeds, reference, policy) for policy in POLICIES},
         **{name: statistics.mean(x[name] for x in seeds) for name in ("updates", "cpu_seconds")},
         "seeds": {policy: [at_end(x, policy) for x in seeds] for policy in POLICIES},
@@ -71,22 +81,28 @@ def verdict(claim, difference, unit="points"):
 
 def tell(name, scale, results, families, claims):
     """Tables, verdicts, numbers and picture of runs {label: seeds}. families {title: variants}, each compared with its
-    first; claims [(text, variant, another that it exceeds, measure of at_end or both policies, steps)]."""
-    rows, judged = {}, {}
+    first; claims [(text, variant, another that it exceeds, measure of at_end or both policies, steps)]. EQUAL is a
+    measure too: sampled answers to validation questions after as many updates as the shortest run made."""
+    rows, judged, runs = {}, {}, [result for seeds in results.values() for result in seeds]
+    updates = min(result["updates"] for result in runs if result["updates"])  # all made so many
+    for result in runs:
+        result[EQUAL] = after(result, updates)
     for title, labels in families.items():
         rows |= {label: learning_row(results[label], results[labels[0]]) for label in labels}
         table = {}
         for label in labels:
-            cells = [rows[label][x] for x in ("sampled", "sampled minus reference", "greedy", "pass@16")]
+            cells = [rows[label][x] for x in ("sampled", "sampled minus reference", "greedy", EQUAL, "pass@16")]
             last = [rows[label]["curve"][-1].get(x, 0) for x in ("entropy", "signal")]
             table[label] = [*map(plus_minus, cells), *(f"{x:.2f}" for x in last)]
-        print_table(["sampled, %", "less the first's", "greedy, %", "pass@16, %", "entropy", "signal"], table, title)
+        columns = ["sampled, %", "less the first's", "greedy, %", f"after {updates} updates", "pass@16, %"]
+        print_table([*columns, "entropy", "signal"], table, title)
     print()
     for text, one, other, *how in claims:
         for measure in how[:1] or POLICIES:
             judged[f"{text}, {measure}"] = paired(results[one.label], results[other.label], measure, *how[1:])
             verdict(f"{text}, {measure}", judged[f"{text}, {measure}"])
-    value, panels = {"scale": asdict(scale), "claims": judged, "rows": rows}, (1, len(families) + 1)
+    value = {"scale": asdict(scale), "equal updates": updates, "claims": judged, "rows": rows}
+    panels = (1, len(families) + 1)
     finish(name, value, partial(draw, rows, families), (5 * panels[1], 4), panels)
     return rows
 

@@ -216,12 +216,15 @@ def code(name):
 
 
 # ------------------------------------------------------------------------------------------- the command line
-def main(finding, description, argv=None):
-    """Run finding(scale) as its command line says; Ctrl-C and SIGTERM end it, and the processes of its pool."""
+def main(finding, description, argv=None, lengths=()):
+    """Run finding(scale), or finding(scale, length) where there are lengths to choose from, as its command line says;
+    Ctrl-C and SIGTERM end it, and the processes of its pool."""
     global FOLDER, WORKERS
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that the code runs")
     parser.add_argument("--out", type=Path, help="folder of runs and results instead of runs/estimators and results")
+    if lengths:
+        parser.add_argument("--length", type=int, choices=lengths, default=lengths[0], help="letters")
     chosen = parser.parse_args(argv)
     if chosen.quick and not chosen.out:
         parser.error("--quick needs --out: its numbers mean nothing and must not replace results")
@@ -230,7 +233,7 @@ def main(finding, description, argv=None):
     WORKERS = 0 if chosen.quick else WORKERS
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    finding(QUICK if chosen.quick else Scale())
+    finding(QUICK if chosen.quick else Scale(), *([chosen.length] if lengths else []))
 
 
 def stop(number, _):

@@ -85,7 +85,7 @@ SUDOKU = {"completion_length": 16, "sampling_steps": 8, "mc_samples": 4, "import
 SUDOKU |= {"shared_order": True, "base_steps": 600, "base_noise": 0.12, "base_batch": 128, "base_learning_rate": 3e-3}
 SUDOKU |= {"max_steps": 250, "tokens_per_pass": 8448, "eval_every": 50, "eval_steps": (4, 8, 16)}
 TRACKING = {"block_length": 1, "mc_samples": 2}  # left to right, one token a step
-TRACKING |= {"base_noise": 0.17, "base_batch": 128, "base_learning_rate": 3e-3}
+TRACKING |= {"base_noise": 0.15, "base_batch": 128, "base_learning_rate": 3e-3}
 
 PRESETS = {
     ("tiny", "countdown"): COUNTDOWN,
