@@ -79,12 +79,12 @@ LLADA |= {"weight_decay": 0.01, "adam_beta2": 0.99, "gradient_clip": 1.0}
 LLADA |= {"eval_length": 256, "eval_block": 32, "eval_steps": (128,)}
 LLADA |= {"max_steps": 500, "tokens_per_pass": 16384, "gradient_checkpointing": True, "eval_every": 50}
 LLADA |= {"eval_prompts": 256, "save_every": 1}  # an update takes minutes, a checkpoint of the adapter seconds
-COUNTDOWN = {"completion_length": 8, "sampling_steps": 2, "mc_samples": 2}
-COUNTDOWN |= {"shared_order": True, "prompts_per_step": 64}  # with equal states run once, twice the prompts cost little
-SUDOKU = {"completion_length": 16, "sampling_steps": 8, "mc_samples": 4, "importance_sampling": "entropy"}
-SUDOKU |= {"shared_order": True, "base_steps": 600, "base_noise": 0.12, "base_batch": 128, "base_learning_rate": 3e-3}
+GAME = {"shared_order": True, "prompts_per_step": 64}  # with equal states run once, twice the prompts cost little
+COUNTDOWN = GAME | {"completion_length": 8, "sampling_steps": 2, "mc_samples": 2}
+SUDOKU = GAME | {"completion_length": 16, "sampling_steps": 8, "mc_samples": 4, "importance_sampling": "entropy"}
+SUDOKU |= {"base_steps": 600, "base_noise": 0.12, "base_batch": 128, "base_learning_rate": 3e-3}
 SUDOKU |= {"max_steps": 250, "tokens_per_pass": 8448, "eval_every": 50, "eval_steps": (4, 8, 16)}
-TRACKING = {"block_length": 1, "mc_samples": 2}  # left to right, one token a step
+TRACKING = GAME | {"block_length": 1, "mc_samples": 2, "max_steps": 150, "eval_every": 25}  # left to right
 TRACKING |= {"base_noise": 0.15, "base_batch": 128, "base_learning_rate": 3e-3}
 
 PRESETS = {
