@@ -155,7 +155,7 @@ def summary(measured):
 
 def finding(scale):
     quick, steps = scale == runner.QUICK, {"countdown": 3000, "sudoku": 600}  # as train.py has them
-    size = {"batches": 2, "prompts": 2} if quick else {"batches": 16, "prompts": 32}
+    size = {"batches": 2, "prompts": 2} if quick else {"batches": 10, "prompts": 32}
     cases = [("countdown", 6, 150), ("countdown", 6, 0), ("sudoku", 8, 0), ("sudoku", 8, 80), ("countdown", 2, 0)]
     jobs = [{"task": task, "m": m, "updates": u, "base_steps": steps[task]} | size for task, m, u in cases]
     jobs = [jobs[0] | {"updates": 1, "base_steps": scale.base_steps}] if quick else jobs

@@ -14,19 +14,22 @@ import agrpo
 import variants
 from experiments import (
     budget,
+    clip,
     collapse,
     confirm,
     curves,
+    dial,
     draws,
     exact,
     report,
     runner,
     steps,
+    tracking,
     variance,
 )
 from support import settings
 
-FINDINGS = [budget, collapse, confirm, curves, exact, steps, variance]
+FINDINGS = [budget, clip, collapse, confirm, curves, dial, exact, steps, tracking, variance]
 ROOT = Path(__file__).parent.parent
 
 
@@ -52,7 +55,8 @@ def few_rows(monkeypatch):
 
 def call(module, out):
     finding = module.table if module is exact else module.finding
-    runner.main(finding, module.__doc__, ["--quick", "--out", str(out)])
+    lengths = (4,) if module is tracking else ()
+    runner.main(finding, module.__doc__, ["--quick", "--out", str(out)], lengths)
 
 
 @pytest.mark.parametrize("module", FINDINGS, ids=lambda module: module.__name__.rpartition(".")[2])
@@ -140,6 +144,11 @@ def test_an_estimator_is_compared_with_the_reference_of_the_same_seed():
     assert row["sampled minus reference"] == pytest.approx([0.05, 0]) and row["sampled"][1] > 1
     assert report.paired(other, reference, "greedy", 4) == [0, 0]
     assert report.paired([result(0, 0.7)] * 2, reference, "signal") == pytest.approx([0.2, 0])
+
+
+def test_runs_are_compared_after_equally_many_updates():
+    curve = [{"updates": u, "sampled": s} for u, s in ((0, 0.2), (10, 0.4), (30, 0.8))]
+    assert [report.after({"curve": curve}, u) for u in (0, 5, 10, 20, 30, 99)] == [0.2, 0.3, 0.4, 0.6, 0.8, 0.8]
 
 
 @pytest.mark.parametrize("difference, said", [(0.05, "yes"), (-0.05, "no, the opposite"), (0.01, "not settled")])
