@@ -13,7 +13,6 @@ import torch
 import agrpo
 import variants
 from experiments import (
-    budget,
     clip,
     collapse,
     confirm,
@@ -29,7 +28,7 @@ from experiments import (
 )
 from support import settings
 
-FINDINGS = [budget, clip, collapse, confirm, curves, dial, exact, steps, tracking, variance]
+FINDINGS = [clip, collapse, confirm, curves, dial, exact, steps, tracking, variance]
 ROOT = Path(__file__).parent.parent
 
 
