@@ -109,11 +109,11 @@ def finding(scale):
 def draw(rows, axes):
     """The median cosine of each estimator, with the quarters of the models around it."""
     for axis, (title, estimators) in zip(axes, rows.items()):
-        for name, row in estimators.items():
+        for width, (name, row) in zip((7, 4, 2, 1), estimators.items()):  # what lies on top leaves the rest to be seen
             low, middle, high = zip(*(statistics.quantiles(x["cosine"], n=4) for x in row.values()))
-            line = axis.plot(list(row), middle, "o-", label=name)[0]
+            line = axis.plot(list(row), middle, "o-", lw=width, label=name)[0]
             axis.fill_between(list(row), low, high, color=line.get_color(), alpha=0.12, lw=0)
-        axis.set(title=title, xlabel="dial: how much a state depends on the one before")
+        axis.set(title=title, xlabel="dial: how much a state depends on the one before", ylim=(-0.05, 1.05))
     axes[0].set(ylabel="cosine with the policy gradient")
     axes[0].legend()
 
