@@ -32,8 +32,10 @@ import tiny_dllm
 import variants
 from agrpo import require
 from support import evaluation, in_one_line, pictures, runs, weights
+from support.data import say_if_changed, sha256
 from support.evaluation import Setup, decode, encode
-from support.settings import HUB_IDS, TINY, find_algorithm, parse_arguments
+from support.judge import JUDGE
+from support.settings import HUB_IDS, PATHS, TINY, find_algorithm, parse_arguments
 
 
 # ---------------------------------------------------------------------------------------- policy gradients
@@ -98,19 +100,19 @@ def roll_out(setup, prompts, generator):
 
     def judge(questions, ids):  # of step rewards: (N,), (N, L) -> (N,)
         texts = decode(setup, ids, answer[:1].to(ids.device).expand(ids.shape))
-        return torch.tensor([task.reward(text, prompts[i]) for text, i in zip(texts, questions.tolist())])
+        return torch.tensor(JUDGE.map(task.reward, texts, [prompts[i] for i in questions.tolist()]))
 
     needs_step_rewards = getattr(setup.estimate, "needs_step_rewards", False)
     model = variants.GreedyCompletions(setup.model) if needs_step_rewards else setup.model
     inputs = ids, attention_mask, setup.config, generator, evaluation.rows_per_pass(setup, ids)
     run = variants.ROLLOUTS[setup.run.unmasking](model, *inputs)
-    answers = list(zip(decode(setup, run.ids, answer), asked))
-    rewards = torch.tensor([task.reward(*answer) for answer in answers])  # R (B,)
+    texts = decode(setup, run.ids, answer)
+    rewards = torch.tensor(JUDGE.map(task.reward, texts, asked))  # R (B,)
     written = (run.unmask_step >= 0) & (run.unmask_step < run.sampling_steps)  # (B, L): by the policy
     groups = rewards.view(-1, G)
     said = {
         "reward": rewards.mean().item(),
-        "accuracy": sum(task.is_correct(*answer) for answer in answers) / len(answers),
+        "accuracy": sum(JUDGE.map(task.is_correct, texts, asked)) / len(texts),
         "entropy": run.entropies[written].mean().item(),  # nats per written token
         "signal": (groups != groups[:, :1]).any(1).float().mean().item(),  # share of groups that disagree
     }
@@ -281,12 +283,16 @@ def run_folder(run, config):
     """The folder of the run: that of --resume, or a new one with its config.json."""
     if run.resume:
         folder = Path(run.resume)
-        require(runs.read_settings(folder), f"{folder} holds no run to resume: it has no config.json that can be read")
+        stored = runs.read_settings(folder)
+        require(stored, f"{folder} holds no run to resume: it has no config.json that can be read")
+        for name in PATHS:
+            say_if_changed(getattr(run, name), stored.get(f"{name}_sha256"))
         for unfinished in folder.glob("*.tmp"):
             shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
         return folder
-    folder = runs.new_folder(run.out, f"{run.task}-seed{run.seed}")
     settings = {"run": asdict(run), "algorithm": asdict(config)}  # every value that decides the run's numbers
+    settings |= {f"{name}_sha256": sha256(path) for name in PATHS if (path := getattr(run, name))}
+    folder = runs.new_folder(run.out, f"{run.task}-seed{run.seed}")
     runs.write_json(folder / "config.json", settings | runs.provenance())
     return folder
 

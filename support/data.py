@@ -2,13 +2,31 @@
 Whatever is wrong with a file or a row is a ValueError of one line that says where."""
 
 import csv
+import hashlib
 import json
 import logging
 import os
 
 from agrpo import require
 from support import package
-from support.runs import failing_as
+from support.runs import failing_as, say
+
+
+def place(text):
+    """A number in [0, 1) that the text alone decides, on every machine."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 16**8
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def say_if_changed(path, digest):
+    """One line if a file is not what it was when a run began, by its sha256 in config.json."""
+    if path and (now := sha256(path)) != digest:
+        then = digest or "unknown"
+        say(f"{path} has changed since the run began (sha256 {now}, then {then}): it held out other questions, perhaps")
 
 
 def to_examples(rows, from_row):

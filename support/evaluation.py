@@ -17,6 +17,8 @@ import tasks
 import variants
 from agrpo import AGRPOConfig, require
 from support import pictures, runs, settings, weights, words
+from support.data import say_if_changed, sha256
+from support.judge import JUDGE
 from support.settings import RunConfig
 
 
@@ -114,8 +116,9 @@ def grade(setup, examples, kind, steps=None, description=""):
             texts = decode(setup, run.ids, answer[rows, kept])
             lengths = ((run.ids != run.eos_token_id) & answer[rows, kept]).sum(1).tolist()
             seconds = (time.perf_counter() - started) / len(texts)
-            for example, text, length in zip(mine[rows], texts, lengths):
-                verdict = {"correct": setup.task.is_correct(text, example), "length": length, "seconds": seconds}
+            verdicts = JUDGE.map(setup.task.is_correct, texts, mine[rows])
+            for example, text, length, correct in zip(mine[rows], texts, lengths, verdicts):
+                verdict = {"correct": correct, "length": length, "seconds": seconds}
                 records.append({"prompt": setup.task.question(example), "completion": text} | verdict)
             bar.update(len(texts))
     parts = runs.gather(records)  # the examples were dealt out in turn
@@ -151,9 +154,12 @@ def evaluate(run, config):
     setup = Setup(run, config, task, *load_model(model, run))
     if run.prompt is not None:
         return answer_one(setup, task.parse_question(run.prompt), run.template)
-    # Of the file that the run was trained on, the part that was held out.
-    own = not run.data or (a_run and a_run["run"].get("data") == run.data)
+    # Of the file that the run was trained on, by whatever path it is found, the part that was held out.
+    file, digest = (a_run["run"].get("data"), a_run.get("data_sha256")) if a_run else (None, None)
+    own = not run.data or (file and (run.data == settings.absolute(str(file)) or sha256(run.data) == digest))
     questions = task.load(run.eval_split, run.data) if own else task.read(run.data)
+    if own and a_run:
+        say_if_changed(run.data, digest)
     questions = questions[: run.eval_prompts or None]
     if run.out or not a_run:
         folder = runs.from_first(lambda: runs.new_folder(run.out, f"evaluation-{run.task}"))

@@ -105,6 +105,7 @@ LLADA_EGSPO |= {"temperature": 0.9, "top_k": 0, "top_p": 1.0, "learning_rate": 3
 LLADA_EGSPO |= {"weight_decay": 0.1, "gradient_clip": 0.2, "lora_rank": 128}
 HUB_IDS = {"llada": "GSAI-ML/LLaDA-8B-Instruct"}  # short names for --model
 BLANK = r"\[([1-9]\d{0,3})\]"  # [k] in a template
+PATHS = ("data", "exclude")  # made absolute: config.json shall mean the same files wherever it is read
 RESUMABLE = {"resume", "tokens_per_pass", "gradient_checkpointing", "save_every", "tracker"}  # may change on --resume
 
 
@@ -148,6 +149,7 @@ def defaults_for(argv):
     stored, folder = {}, chosen.resume or chosen.evaluate
     if folder and (settings := runs.read_settings(folder)):
         stored = settings["run"] | settings["algorithm"]
+        stored |= {name: absolute(str(stored[name])) for name in PATHS if name in stored}
         defaults = dict(stored)
     else:
         model, task = chosen.model or chosen.evaluate or RunConfig.model, chosen.task or RunConfig.task
@@ -160,6 +162,10 @@ def defaults_for(argv):
         if defaults["model"] != "tiny":  # an answer takes seconds there: one policy, the one that is served
             defaults |= {"eval_policies": ("greedy",)}
     return defaults, stored
+
+
+def absolute(path):
+    return path and str(Path(path).resolve())
 
 
 def flag(name):
@@ -176,7 +182,8 @@ def add_flag(group, field, default, text):
     kind, *_ = *get_args(field.type), field.type  # int of int | None and of tuple[int, ...]
     several = isinstance(field.default, tuple)
     shown = " ".join(map(str, default)) if several else default
-    form = {"type": kind, "nargs": "+" if several else None, "metavar": kind.__name__.upper()}
+    read = absolute if field.name in PATHS else kind
+    form = {"type": read, "nargs": "+" if several else None, "metavar": kind.__name__.upper()}
     if kind is bool:
         shown, form = "yes" if default else "no", {"action": argparse.BooleanOptionalAction}
     text = text.replace("%", "%%") + (f" [{shown}]" if shown not in ("", None) else "")

@@ -5,6 +5,7 @@ What does not fit, or is not there, raises ValueError in one line."""
 import copy
 import json
 import math
+import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -38,9 +39,17 @@ def load(path_or_hub_id, dtype=None, device="cpu", revision=None):
     require(found, f"{folder} has no adapter_model.safetensors; pickled adapters are not opened")
     base = read_weights(stored["base_model_name_or_path"], dtype, device, stored.get("revision"))
     peft = package("peft", "LoRA")
-    with failing_as(f"the adapter in {folder} does not fit"):
+    with failing_as(f"the adapter in {folder} does not fit"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found missing adapter keys")  # that is an error, and follows in one line
+        model = peft.PeftModel.from_pretrained(base, folder, is_trainable=True)
+        found = set(peft.load_peft_weights(str(folder), "cpu"))
+        needed = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+        lacks, surplus = sorted(needed - found), sorted(found - needed)
+        problem = f"of {len(needed)} tensors {len(lacks)} are missing, {len(surplus)} do not belong there:"
+        require(not lacks + surplus, f"{problem} {', '.join(lacks[:1] + surplus[:1])}")
+        model.peft_config["default"].base_model_name_or_path = base.name_or_path
         # eval: an adapter that was trained with dropout must not have it here, see add_lora
-        return peft.PeftModel.from_pretrained(base, folder, is_trainable=True).eval()
+        return model.eval()
 
 
 def read_weights(path_or_hub_id, dtype=None, device="cpu", revision=None):
@@ -63,8 +72,10 @@ def read_weights(path_or_hub_id, dtype=None, device="cpu", revision=None):
                     tensors[name] = tensor.to(dtype or tensor.dtype, copy=True)  # a copy: the file may be replaced
         model.load_state_dict(tensors, assign=True)  # says what is missing, surplus or misshapen
     # Where they came from: peft and add_lora write both into adapters. A snapshot's folder is named after its commit.
-    model.name_or_path = str(path_or_hub_id)
-    model.revision = None if Path(path_or_hub_id).is_dir() else folder.name
+    # A path is absolute: adapters are read from other places, too.
+    local = Path(path_or_hub_id).is_dir()
+    model.name_or_path = str(folder.resolve() if local else path_or_hub_id)
+    model.revision = None if local else folder.name
     return model
 
 
