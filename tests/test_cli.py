@@ -268,7 +268,7 @@ def test_other_failures_say_one_line_and_exit_with_1(done, tmp_path, capsys):
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "config.json").write_bytes((folder / "config.json").read_bytes())
     for arguments, word in (
-        ([*SHORT, "--out", folder], "already holds a run"),
+        ([*SHORT, "--out", folder], "is not empty: choose another, or remove it, or --resume"),
         (["--evaluate", tmp_path / "broken"], "broken"),
         (["--evaluate", tmp_path / "unfinished"], "no finished run"),
         (["--evaluate", folder, "--prompt", "what is 2 + 2?"], "a valid question is"),
