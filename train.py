@@ -64,7 +64,7 @@ def reinforce(setup, train, validation, folder, started):
                 elapsed = seconds_before + time.perf_counter() - started
                 runs.save_checkpoint(folder, step + 1, elapsed, setup.model, optimizer, rng, generator)
             if stopped:
-                runs.interrupt(stopped, advice=f"continue with: {runs.command()} --resume {folder}")
+                runs.interrupt(stopped)
     return history, seconds_before
 
 

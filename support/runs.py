@@ -344,27 +344,32 @@ def rewind_metrics(path, step):
     return rows
 
 
-def interrupt(number, _=None, advice="continue with --resume and the folder of the run"):
+def interrupt(number, _=None):
     """Handler of a signal: the program is to end with 128 + its number, 130 after Ctrl-C and 143 after SIGTERM."""
+    signal.signal(signal.SIGTERM, lambda *_: None)  # Slurm and torchrun both send it: one is enough
+    advice = "the same command starts it again" if rank() == 0 else "the first process says how to go on"
+    for folder in HELD:
+        advice = f"continue with: {command()} --resume {shlex.quote(str(folder))}"
     raise KeyboardInterrupt(128 + number, f"stopped; {advice}")
 
 
 @contextlib.contextmanager
 def finish_what_was_begun():
     """Within: the first Ctrl-C or SIGTERM only puts its number into the yielded list, so that an update can be finished
-    and saved; a second one interrupts at once."""
+    and saved; a second Ctrl-C interrupts at once. A second SIGTERM does nothing: Slurm and torchrun both send it."""
     stop = []
 
     def handler(number, _):
-        if stop:
+        if stop and number == signal.SIGINT:
             interrupt(number)
+        if not stop:
+            say("\nfinishing this update, then saving; Ctrl-C to stop at once")
         stop.append(number)
-        say("\nfinishing this update, then saving; once more to stop at once")
 
-    with contextlib.ExitStack() as afterwards:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            afterwards.callback(signal.signal, number, signal.signal(number, handler))
-        yield stop
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield stop
+    for number in before:  # not where it ends by an exception: the program does too, and may say why undisturbed
+        signal.signal(number, before[number])
 
 
 # -------------------------------------------------------------------------------------------------- logs

@@ -128,7 +128,7 @@ def test_sigterm_saves_and_says_how_to_go_on(uninterrupted, runs_folder):
 def test_a_signal_that_comes_before_the_updates_ends_the_run_in_one_line(monkeypatch, number, code, capsys):
     monkeypatch.setattr("train.main_job", lambda *_: signal.raise_signal(number))
     assert main([]) == code
-    assert "stopped; continue with --resume" in capsys.readouterr().err.splitlines()[-1]
+    assert "stopped; the same command starts it again" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_finished_run_is_not_run_again(uninterrupted, runs_folder, capsys):

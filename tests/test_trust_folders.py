@@ -7,15 +7,17 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from test_parallel import ROOT
+import torch.distributed as dist
+from test_parallel import ON_LOOPBACK, ROOT
 from test_resume import pieces
 
 import train
-from support import runs
+from support import evaluation, runs
 
 TINY = "--base-steps 3 --max-steps 1 --eval-every 1 --prompts-per-step 2 --eval-steps 2 --eval-prompts 10".split()
 
@@ -146,6 +148,100 @@ def test_where_there_are_no_locks_a_run_goes_on_without(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "fcntl", None)  # Windows
     runs.hold(tmp_path)
     runs.release()
+
+
+# ---- Signals -----------------------------------------------------------------------------------
+
+
+def test_a_second_sigterm_changes_nothing():
+    with runs.finish_what_was_begun() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+    assert max(stop) == signal.SIGTERM
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    with pytest.raises(KeyboardInterrupt) as stop, runs.finish_what_was_begun():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    assert stop.value.args[0] == 130
+
+
+def test_a_sigterm_while_the_reason_is_said_makes_no_traceback(monkeypatch, capsys):
+    say = runs.leave
+    monkeypatch.setattr(train, "main_job", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(runs, "leave", lambda *reason: signal.raise_signal(signal.SIGTERM) or say(*reason))
+    assert run(*TINY) == 143
+    assert "stopped" in last_line(capsys)
+
+
+def test_after_ctrl_c_it_says_which_command_goes_on(done, tmp_path, monkeypatch, capsys):
+    folder = unfinished(done, tmp_path)
+    monkeypatch.setattr(train, "reinforce", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert run("--resume", folder) == 130
+    assert last_line(capsys).endswith(f"train.py --resume {folder}")
+
+
+def test_an_evaluation_that_is_stopped_does_not_speak_of_resuming(done, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "grade", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert run("--evaluate", done) == 130
+    line = last_line(capsys)
+    assert "the same command starts it again" in line and "resume" not in line
+
+
+SLOW_SAVE = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+import torch, train
+save = torch.save
+def slowly(everything, to, **options):
+    if "checkpoint" in str(to):  # what processes send each other is saved too
+        open({begun!r}, "a").close()
+        time.sleep(3)
+    save(everything, to, **options)
+torch.save = slowly
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_sigterm_that_reaches_torchrun_and_its_workers_leaves_the_checkpoint(tmp_path):
+    """As Slurm sends it: to every process; and torchrun sends it to its own once more."""
+    script, begun, folder = tmp_path / "slow.py", tmp_path / "begun", tmp_path / "run"
+    script.write_text(SLOW_SAVE.format(root=str(ROOT), begun=str(begun)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+    command += ["--master-port", str(21000 + os.getpid() % 10000), script, *TINY, "--out", folder]
+    flags = ["--max-steps", "10000", "--save-every", "10000"]
+    options = {"cwd": ROOT, "env": os.environ | ON_LOOPBACK, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*map(str, command), *flags], **options)
+    while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for number in [*map(int, children), process.pid]:
+        os.kill(number, signal.SIGTERM)
+    stderr = process.communicate()[1]
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert begun.exists() and [path.name for path in folder.glob("checkpoint-*")] == [f"checkpoint-{steps[-1]}"], stderr
+    assert "Traceback" not in stderr.partition("torch/distributed")[0]
+
+
+def saver(rank, folder):
+    """One of two processes that save, of which the first is slow: is the checkpoint there when save_checkpoint ends?"""
+    os.environ |= ON_LOOPBACK
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    save, everything = torch.save, pieces()
+    torch.save = lambda stored, to, **how: (time.sleep(isinstance(to, Path) and 1), save(stored, to, **how))
+    runs.save_checkpoint(folder, 1, 0.0, *everything)
+    (folder / f"{rank} saw {[path.name for path in runs.checkpoints(folder)]}").touch()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_no_process_goes_on_before_the_first_has_saved(tmp_path):
+    torch.multiprocessing.spawn(saver, (tmp_path,), nprocs=2)
+    assert {f"{rank} saw ['checkpoint-1']" for rank in (0, 1)} <= {path.name for path in tmp_path.iterdir()}
 
 
 # ---- A full disk -------------------------------------------------------------------------------
