@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import uuid
 from importlib import metadata
 from pathlib import Path
@@ -234,6 +235,11 @@ def flush(path):
 def remove(path):
     """A file or folder, if it is there."""
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def try_to_write(folder):
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"?")
 
 
 def write_text(path, text):

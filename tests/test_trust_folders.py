@@ -292,6 +292,33 @@ def test_what_a_killed_run_left_of_its_base_model_is_removed_when_it_is_resumed(
     assert list(tmp_path.glob("base-*.tmp")) == [other]
 
 
+# ---- Evaluations -------------------------------------------------------------------------------
+
+
+def test_an_evaluation_does_not_replace_another(done):
+    before = set(content(done))
+    for flags in ("--eval-prompts 3", "--eval-prompts 4", "--eval-prompts 3 --eval-split validation"):
+        assert run("--evaluate", done, *flags.split()) == 0
+    assert run("--evaluate", done, "--eval-prompts", 3, "--eval-steps", 4) == 0
+    assert {path.removeprefix(f"{done}/") for path in set(content(done)) - before} == {
+        f"{kind}-countdown-{name}"
+        for kind, end in (("evaluation", "json"), ("completions", "jsonl"))
+        for name in (
+            f"test-3-sampled-greedy-2.{end}",
+            f"test-4-sampled-greedy-2.{end}",
+            f"validation-3-sampled-greedy-2.{end}",
+            f"test-3-sampled-greedy-4.{end}",
+        )
+    }
+
+
+def test_a_folder_that_cannot_be_written_is_noticed_before_the_first_answer(done, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "grade", lambda *_: pytest.fail("answers"))
+    with full_disk():
+        assert run("--evaluate", done, "--eval-prompts", 3) == 1
+    assert f"{done} cannot be written: choose an --out" in last_line(capsys)
+
+
 # ---- A power failure ---------------------------------------------------------------------------
 
 
