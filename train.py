@@ -11,13 +11,12 @@ A run measures the base model (the tiny one is trained first), improves it with 
 it again. --model and --task choose the defaults that --help shows.
 """
 
+import glob
 import hashlib
 import inspect
 import json
 import math
-import os
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -67,7 +66,7 @@ def reinforce(setup, train, validation, folder, started):
                 elapsed = seconds_before + time.perf_counter() - started
                 runs.save_checkpoint(folder, step + 1, elapsed, setup.model, optimizer, rng, generator)
             if stopped:
-                runs.interrupt(stopped, advice=f"continue with: {runs.command()} --resume {folder}")
+                runs.interrupt(stopped)
     return history, seconds_before
 
 
@@ -151,8 +150,9 @@ def learning_rate(run, step):
 
 
 # ------------------------------------------------------------------------------- where the model comes from
-def base_model(run, config, cache):
-    """Setup of a tiny base model, trained here, or read from `cache` if the same settings and code trained one."""
+def base_model(run, config, cache, owner=None):
+    """Setup of a tiny base model, trained here, or read from `cache` if the same settings and code trained one. The
+    owner is the run that it is trained for."""
     tokenizer = tiny_dllm.character_tokenizer()
     ids = tokenizer.mask_token_id, tokenizer.eos_token_id
     model = tiny_dllm.MaskedDiffusionLM(tiny_dllm.Config(len(tokenizer), *ids, **TINY[run.task]))
@@ -169,7 +169,7 @@ def base_model(run, config, cache):
         if folder.exists():
             return runs.say(f"base model: reusing {folder}")
         pretrain(setup)
-        save_model(setup, folder)
+        save_model(setup, folder, owner)
 
     runs.from_first(make)
     return replace(setup, model=weights.load(folder))
@@ -239,7 +239,7 @@ def main_job(run, config):
     setup = None if run.model == "tiny" else pretrained_model(run, config)
     run = setup.run if setup else run
     folder = runs.from_first(lambda: run_folder(run, config))
-    setup = setup or base_model(run, config, cache=folder.parent)
+    setup = setup or base_model(run, config, folder.parent, owner=folder.name)
     base = runs.from_first(lambda: runs.read_json(folder / "base.json"))
     if base is None:
         base = evaluation.by_sampling_steps(setup, questions)
@@ -280,34 +280,30 @@ def show(setup, folder, questions, history, summary):
 
 
 def run_folder(run, config):
-    """The folder of the run: that of --resume, or a new one with its config.json."""
+    """The folder of the run, for this process alone: that of --resume, or a new one with its config.json."""
+    hashes = {f"{name}_sha256": sha256(path) for name in PATHS if (path := getattr(run, name))}
+    folder = Path(run.resume) if run.resume else runs.new_folder(run.out, f"{run.task}-seed{run.seed}")
+    stored = runs.read_settings(folder) if run.resume else {}
+    require(stored is not None, f"{folder} holds no run to resume: it has no config.json that can be read")
+    runs.hold(folder)
+    base = f"base-{run.task}-{'?' * 12}.{glob.escape(folder.name)}.tmp"
+    for unfinished in (*folder.glob("*.tmp"), *folder.parent.glob(base)):
+        runs.remove(unfinished)  # what this run was writing when it was killed
     if run.resume:
-        folder = Path(run.resume)
-        stored = runs.read_settings(folder)
-        require(stored, f"{folder} holds no run to resume: it has no config.json that can be read")
+        runs.say_what_changed(folder)
         for name in PATHS:
             say_if_changed(getattr(run, name), stored.get(f"{name}_sha256"))
-        for unfinished in folder.glob("*.tmp"):
-            shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
-        return folder
-    settings = {"run": asdict(run), "algorithm": asdict(config)}  # every value that decides the run's numbers
-    settings |= {f"{name}_sha256": sha256(path) for name in PATHS if (path := getattr(run, name))}
-    folder = runs.new_folder(run.out, f"{run.task}-seed{run.seed}")
-    runs.write_json(folder / "config.json", settings | runs.provenance())
+    else:
+        settings = {"run": asdict(run), "algorithm": asdict(config)}  # every value that decides the run's numbers
+        runs.write_json(folder / "config.json", settings | hashes | runs.provenance())
     return folder
 
 
-def save_model(setup, path):
+def save_model(setup, path, owner=None):
     """The model, or its adapter in peft's format, with its tokenizer, as the folder `path`: whole or not at all."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    weights.save(setup.model, unfinished)
-    setup.tokenizer.save_pretrained(unfinished)
-    try:
-        unfinished.rename(path)
-    except OSError:  # it is there: by a run that started at the same time, or by this one before it was killed
-        shutil.rmtree(unfinished)
-        if not path.exists():
-            raise
+    with runs.whole(path, owner) as unfinished:
+        weights.save(setup.model, unfinished)
+        setup.tokenizer.save_pretrained(unfinished)
 
 
 def main(argv=None):
@@ -321,6 +317,8 @@ def main(argv=None):
     except KeyboardInterrupt as stop:
         code, message = stop.args
         return runs.leave(f"\ntrain.py: {message}", code)
+    finally:
+        runs.release()
     return 0
 
 

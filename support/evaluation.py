@@ -163,7 +163,11 @@ def evaluate(run, config):
     questions = questions[: run.eval_prompts or None]
     if run.out or not a_run:
         folder = runs.from_first(lambda: runs.new_folder(run.out, f"evaluation-{run.task}"))
-    label = run.task if own else f"{run.task}-{Path(run.data).stem}"
+    with runs.failing_as(f"{folder} cannot be written: choose an --out"):  # known now, and not after the answers
+        runs.from_first(lambda: runs.try_to_write(folder))
+    # One measurement does not replace another.
+    parts = Path(run.data).stem, run.eval_split if own else "", len(questions), *run.eval_policies, *run.eval_steps
+    label = "-".join(str(part) for part in (run.task, *parts) if part)
     about = {"model": model, "task": run.task, "questions": run.data or run.eval_split, "seed": run.seed}
     about |= runs.provenance()
     rows, completions = [], []

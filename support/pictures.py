@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from support.runs import say
+from support.runs import say, whole
 
 
 def print_report(table, split):
@@ -59,7 +59,6 @@ def draw_curve(history, base, final, split, path):
     bottom.plot(steps, [metrics["signal"] for metrics in history], color="C3", label="share of groups with signal")
     bottom.set(xlabel="policy-gradient updates", ylim=(0, None))
     bottom.legend(fontsize=8)
-    unfinished = path.with_suffix(".tmp.png")
-    figure.savefig(unfinished, dpi=120)
-    unfinished.replace(path)
+    with whole(path) as unfinished:
+        figure.savefig(unfinished, dpi=120, format="png")
     return f"learning curve: {path}"

@@ -1,9 +1,9 @@
 """What surrounds the algorithm in a run: processes, random numbers, folders, checkpoints and logs.
 
 A run's folder holds config.json (every setting), metrics.jsonl (a line per update), base.json and summary.json (what
-was measured before and after), checkpoint-N, model/ and curve.png. Lines are appended to metrics.jsonl, and --resume
-drops those after its checkpoint; all else is written beside its place and renamed, so that what is there is whole: a
-run killed at any moment continues as if it had not been."""
+was measured before and after), checkpoint-N, model/, curve.png and the lock of the process that works on it. Lines
+are appended to metrics.jsonl, and --resume drops those after its checkpoint; all else is written beside its place and
+renamed, so that what is there is whole: a run killed at any moment continues as if it had not been."""
 
 import atexit
 import contextlib
@@ -11,10 +11,12 @@ import itertools
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import uuid
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +26,8 @@ import torch.distributed as dist
 
 from agrpo import require
 from support import in_one_line
+
+LOCK, HELD = "lock", {}  # the file's name; {folder: its open lock} of the run that this process works on
 
 
 # ---------------------------------------------------------------------------------------------- processes
@@ -149,11 +153,13 @@ def streams(seed, purpose, common=False):
 
 # ------------------------------------------------------------------------------------------------- folders
 def new_folder(out, name):
-    """Make the folder of a run: `out`, or runs/NAME, numbered if taken. One that already holds a run is not touched."""
+    """Make the folder of a run: `out`, or runs/NAME, numbered if taken. What is there already is neither changed nor
+    believed: only an empty folder may be given, or one in which a run ended before it had written anything."""
     if out:
         folder = Path(out)
-        taken = (folder / "config.json").exists()
-        require(not taken, f"{folder} already holds a run: --resume {folder}, choose another --out, or remove it")
+        free = not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= {LOCK})
+        resume = f", or --resume {shlex.quote(out)}" if read_settings(folder) else ""
+        require(free, f"--out {folder} is not empty: choose another, or remove it{resume}")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     for i in itertools.count(1):
@@ -161,6 +167,25 @@ def new_folder(out, name):
         with contextlib.suppress(FileExistsError):  # taken, perhaps by a run that starts just now
             folder.mkdir(parents=True)
             return folder
+
+
+def hold(folder):
+    """Keep other processes from working on the same run until release(), or until this one ends in whatever way."""
+    file = open(folder / LOCK, "a")  # noqa: SIM115 (closed by release; closing it unlocks)
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"another process works on {folder}: wait for its end, or stop it") from error
+    except (ImportError, OSError):  # Windows, and file systems that know no locks: then there is none
+        pass
+    HELD[folder] = file
+
+
+def release():
+    while HELD:
+        HELD.popitem()[1].close()
 
 
 def read_json(path):
@@ -171,15 +196,55 @@ def read_json(path):
 def append_line(path, value):
     """Rank 0 appends a line of JSON."""
     if rank() == 0:
-        with open(path, "a") as file:
+        with failing_as(f"{path} could not be written"), open(path, "a") as file:
             file.write(json.dumps(value) + "\n")
 
 
+@contextlib.contextmanager
+def whole(path, owner=None):
+    """Within: a file or folder is written under the yielded name. It is then renamed to `path`, so that what is there
+    is whole, after a power failure too; or one line says why not, and nothing is left. A run that was killed meanwhile
+    finds its leftover by the owner's name."""
+    unfinished = path.with_name(f"{path.name}.{owner or os.getpid()}.tmp")
+    try:
+        with failing_as(f"{path} could not be written"):  # a full disk, say
+            yield unfinished
+            for part in (*unfinished.rglob("*"), unfinished):
+                flush(part)
+            try:
+                unfinished.replace(path)
+            except OSError:  # it is there: by a run that started at the same time, or by this one before it was killed
+                if not (unfinished.is_dir() and path.is_dir()):
+                    raise
+            flush(path.parent)
+    finally:
+        remove(unfinished)
+
+
+def flush(path):
+    """Wait until a file, or a folder's list of names, is on the disk: a rename may get there before what it names."""
+    a_folder = path.is_dir()
+    with contextlib.suppress(*[OSError] * a_folder):  # Windows opens none, and some mounted drives flush none
+        descriptor = os.open(path, os.O_RDONLY if a_folder else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove(path):
+    """A file or folder, if it is there."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def try_to_write(folder):
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"?")
+
+
 def write_text(path, text):
-    """Write beside and rename, so that the file is whole whenever it is there."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+    with whole(path) as unfinished:
+        unfinished.write_text(text)
 
 
 def write_json(path, value):
@@ -212,6 +277,16 @@ def provenance():
     return {"commit": commit, "processes": processes(), "versions": versions}
 
 
+def say_what_changed(folder):
+    """A line if a run is resumed with other code or libraries than it was begun with: its numbers may not be those."""
+    file = folder / "config.json"
+    with failing_as(f"{file} does not say what the run was begun with"):
+        then, now = (of.get("versions", {}) | {"commit": of.get("commit")} for of in (read_json(file), provenance()))
+    other = [f"{name} {then[name]}, now {now[name]}" for name in now if name in then and then[name] != now[name]]
+    if other:
+        say(f"{folder} was begun with {'; '.join(other)}: its numbers may differ")
+
+
 # --------------------------------------------------------------------------------------------- checkpoints
 def trainable(model):
     """{name: parameter} of what training changes: the adapter under LoRA, everything otherwise."""
@@ -222,19 +297,18 @@ def save_checkpoint(folder, step, seconds, model, optimizer, rng, generator):
     """Everything that the updates after `step` depend on, in folder/checkpoint-STEP. The schedule is a function of the
     step. Raises ValueError where it cannot be written: the checkpoint before it stays."""
     states = gather(generator.get_state())  # each process draws its own random numbers
-    if rank() > 0:
-        return
-    path, unfinished = folder / f"checkpoint-{step}", folder / f"checkpoint-{step}.tmp"
     everything = {"step": step, "seconds": seconds, "weights": trainable(model)}
     everything |= {"optimizer": optimizer.state_dict(), "rng": rng.getstate(), "generators": states}
-    try:
-        with failing_as(f"{path} could not be written"):  # a full disk, say
+
+    def save():
+        for lines in folder.glob("metrics.jsonl"):
+            flush(lines)  # a checkpoint without the lines before it would leave a gap
+        with whole(folder / f"checkpoint-{step}") as unfinished:
             torch.save(everything, unfinished)
-            unfinished.rename(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    for other in checkpoints(folder)[:-1]:
-        other.unlink()
+        for other in checkpoints(folder)[:-1]:
+            other.unlink()
+
+    from_first(save)  # and all wait: torchrun ends the others when one does, also in the middle of a save
 
 
 def checkpoints(folder):
@@ -276,27 +350,32 @@ def rewind_metrics(path, step):
     return rows
 
 
-def interrupt(number, _=None, advice="continue with --resume and the folder of the run"):
+def interrupt(number, _=None):
     """Handler of a signal: the program is to end with 128 + its number, 130 after Ctrl-C and 143 after SIGTERM."""
+    signal.signal(signal.SIGTERM, lambda *_: None)  # Slurm and torchrun both send it: one is enough
+    advice = "the same command starts it again" if rank() == 0 else "the first process says how to go on"
+    for folder in HELD:
+        advice = f"continue with: {command()} --resume {shlex.quote(str(folder))}"
     raise KeyboardInterrupt(128 + number, f"stopped; {advice}")
 
 
 @contextlib.contextmanager
 def finish_what_was_begun():
     """Within: the first Ctrl-C or SIGTERM only puts its number into the yielded list, so that an update can be finished
-    and saved; a second one interrupts at once."""
+    and saved; a second Ctrl-C interrupts at once. A second SIGTERM does nothing: Slurm and torchrun both send it."""
     stop = []
 
     def handler(number, _):
-        if stop:
+        if stop and number == signal.SIGINT:
             interrupt(number)
+        if not stop:
+            say("\nfinishing this update, then saving; Ctrl-C to stop at once")
         stop.append(number)
-        say("\nfinishing this update, then saving; once more to stop at once")
 
-    with contextlib.ExitStack() as afterwards:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            afterwards.callback(signal.signal, number, signal.signal(number, handler))
-        yield stop
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield stop
+    for number in before:  # not where it ends by an exception: the program does too, and may say why undisturbed
+        signal.signal(number, before[number])
 
 
 # -------------------------------------------------------------------------------------------------- logs

@@ -161,8 +161,8 @@ def test_a_finished_run_is_measured_again_and_every_answer_is_saved(done, capsys
     assert here("--evaluate", folder, "--eval-prompts", 40) == 0
     final, printed = json.loads((folder / "summary.json").read_text())["final"], capsys.readouterr().out
     assert f"{final['sampled']:.1%}" in printed and f"{final['greedy']:.1%}" in printed
-    report = json.loads((folder / "evaluation-sudoku.json").read_text())
-    answers = json_lines(folder / "completions-sudoku.jsonl")
+    report = json.loads((folder / "evaluation-sudoku-test-40-sampled-greedy-4.json").read_text())
+    answers = json_lines(folder / "completions-sudoku-test-40-sampled-greedy-4.jsonl")
     for row in report["rows"]:
         own = [a for a in answers if (a["steps"], a["policy"]) == (row["steps"], row["policy"])]
         assert len(own) == row["answers"] == 40 and row["accuracy"] == final[row["policy"]]
@@ -268,7 +268,7 @@ def test_other_failures_say_one_line_and_exit_with_1(done, tmp_path, capsys):
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "config.json").write_bytes((folder / "config.json").read_bytes())
     for arguments, word in (
-        ([*SHORT, "--out", folder], "already holds a run"),
+        ([*SHORT, "--out", folder], "is not empty: choose another, or remove it, or --resume"),
         (["--evaluate", tmp_path / "broken"], "broken"),
         (["--evaluate", tmp_path / "unfinished"], "no finished run"),
         (["--evaluate", folder, "--prompt", "what is 2 + 2?"], "a valid question is"),

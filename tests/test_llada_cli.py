@@ -100,8 +100,8 @@ def test_every_task_trains_and_is_evaluated_from_a_file(llada, data, task, tmp_p
     other.write_text(Path(data[task]).read_text() + "\n")  # a byte more: the same file would be asked in part
     measured_on_another_file(folder, task, other, capsys)
     assert run("--evaluate", folder, "--eval-steps", "2") == 0  # of the run's own file what was held out
-    rows = json.loads((folder / f"evaluation-{task}.json").read_text())["rows"]
     held_out = TASKS[task].load("test", data[task])
+    rows = json.loads((folder / f"evaluation-{task}-{task}-test-{len(held_out)}-greedy-2.json").read_text())["rows"]
     assert rows[0]["answers"] == len(held_out) < len(TASKS[task].read(data[task]))
 
 
@@ -111,9 +111,9 @@ def measured_on_another_file(folder, task, file, capsys):
     assert run("--evaluate", folder, "--eval-steps", "2", "4", "--data", file, "--eval-prompts", "5") == 0
     printed = capsys.readouterr().out
     assert "tokens per answer" in printed and "seconds per answer" in printed
-    rows = json.loads((folder / f"evaluation-{task}-{task}.json").read_text())["rows"]  # named after the file too
+    rows = json.loads((folder / f"evaluation-{task}-{task}-5-greedy-2-4.json").read_text())["rows"]
     assert [(row["steps"], row["policy"], row["answers"]) for row in rows] == [(2, "greedy", 5), (4, "greedy", 5)]
-    answers = json_lines(folder / f"completions-{task}-{task}.jsonl")
+    answers = json_lines(folder / f"completions-{task}-{task}-5-greedy-2-4.jsonl")
     assert len(answers) == 10 and answers[0].keys() >= {"prompt", "completion", "correct", "length"}
 
 
@@ -201,8 +201,8 @@ def test_countdown_and_sudoku_need_no_data_and_a_bare_model_is_evaluated(llada, 
     for task in ("countdown", "sudoku"):
         assert run("--evaluate", llada, "--task", task, "--eval-steps", "2", "--eval-prompts", "2") == 0
         folder = tmp_path / "runs" / f"evaluation-{task}"
-        assert (folder / f"evaluation-{task}.json").exists()
-        assert len(json_lines(folder / f"completions-{task}.jsonl")) == 2
+        assert (folder / f"evaluation-{task}-test-2-greedy-2.json").exists()
+        assert len(json_lines(folder / f"completions-{task}-test-2-greedy-2.jsonl")) == 2
 
 
 def test_a_typed_question_is_answered_with_the_presets_of_llada(llada, capsys):

@@ -137,7 +137,7 @@ def test_two_processes_leave_one_folder_and_grade_every_answer_against_its_own_q
     assert train.main([*map(str, evaluation), "--out", str(tmp_path / "one")]) == 0
     greedy = []  # what is sampled differs: every process has random numbers of its own
     for name in ("two", "one"):
-        rows = json_lines(tmp_path / name / "completions-sudoku.jsonl")
+        rows = json_lines(tmp_path / name / "completions-sudoku-test-24-sampled-greedy-4.jsonl")
         assert len(rows) == 2 * 24 and [row.pop("seconds") for row in rows]
         greedy.append([row for row in rows if row["policy"] == "greedy"])
     assert greedy[0] == greedy[1] and len({row["completion"] for row in greedy[0]}) > 1

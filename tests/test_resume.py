@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -79,8 +80,8 @@ MOMENTS = {  # what is called when the process dies, which call of it, before, h
     "model saved, no summary yet": ("support.pictures.draw_curve", 1, "before"),
 }
 LEFT = {  # checkpoints that it leaves behind
-    "while the checkpoint is written": ["checkpoint-2", "checkpoint-4.tmp"],
-    "written, not yet renamed": ["checkpoint-2", "checkpoint-4.tmp"],
+    "while the checkpoint is written": ["checkpoint-2", "checkpoint-4.PID.tmp"],
+    "written, not yet renamed": ["checkpoint-2", "checkpoint-4.PID.tmp"],
     "renamed, the older one not yet removed": ["checkpoint-2", "checkpoint-4"],
 }
 
@@ -98,7 +99,7 @@ def test_killed_and_resumed_is_bit_identical(uninterrupted, runs_folder, moment,
     killed = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (folder / "summary.json").exists()
-    left = sorted(path.name for path in folder.glob("checkpoint-*"))
+    left = sorted(re.sub(r"\.\d+\.", ".PID.", path.name) for path in folder.glob("checkpoint-*"))
     assert left == LEFT.get(moment, left)
     assert main(["--resume", str(folder)]) == 0
     assert outcome(folder) == uninterrupted
@@ -127,7 +128,7 @@ def test_sigterm_saves_and_says_how_to_go_on(uninterrupted, runs_folder):
 def test_a_signal_that_comes_before_the_updates_ends_the_run_in_one_line(monkeypatch, number, code, capsys):
     monkeypatch.setattr("train.main_job", lambda *_: signal.raise_signal(number))
     assert main([]) == code
-    assert "stopped; continue with --resume" in capsys.readouterr().err.splitlines()[-1]
+    assert "stopped; the same command starts it again" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_finished_run_is_not_run_again(uninterrupted, runs_folder, capsys):
