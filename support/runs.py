@@ -67,7 +67,9 @@ def command(number=None, *arguments):
     here = int(os.environ.get("LOCAL_WORLD_SIZE", number))  # of the processes, those on this machine
     start = f"torchrun --nproc-per-node {number}"
     if here < processes() and here < number and number % here == 0:  # which machine the others find, we cannot know
-        start = f"torchrun --nnodes {number // here} --nproc-per-node {here} --rdzv-endpoint HOST:PORT"
+        start = (
+            f"torchrun --nnodes {number // here} --nproc-per-node {here} --rdzv-backend c10d --rdzv-endpoint HOST:PORT"
+        )
     if number == 1:
         ours = os.path.dirname(shutil.which("python") or "") == os.path.dirname(sys.executable)
         start = "python" if ours else shlex.quote(os.path.relpath(sys.executable))

@@ -308,8 +308,8 @@ def test_a_chat_template_without_a_system_role_is_one_line_before_a_folder_is_ma
 @pytest.mark.parametrize(
     "total, here, number, start",
     [
-        (2, 1, None, "torchrun --nnodes 2 --nproc-per-node 1 --rdzv-endpoint HOST:PORT train.py"),
-        (16, 8, None, "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-endpoint HOST:PORT train.py"),
+        (2, 1, None, "torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint HOST:PORT train.py"),
+        (16, 8, None, "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:PORT train.py"),
         (8, 8, None, "torchrun --nproc-per-node 8 train.py"),
         (4, 2, 3, "torchrun --nproc-per-node 3 train.py"),
         (1, 1, 4, "torchrun --nproc-per-node 4 train.py"),
