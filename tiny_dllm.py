@@ -33,6 +33,9 @@ class Config:
     rms_norm_eps: float = 1e-5
 
     def __post_init__(self):
+        for name in ("d_model", "n_layers", "n_heads", "mlp_hidden_size", "rope_theta", "rms_norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, not positive and finite")
         if self.d_model % (2 * self.n_heads):
             raise ValueError(f"d_model {self.d_model} does not split into {self.n_heads} heads of even size")
         for name in ("mask_token_id", "eos_token_id"):
@@ -129,8 +132,8 @@ class MaskedDiffusionLM(nn.Module):
         transformer = self.model.transformer
         x = transformer.wte(input_ids)  # (B, L, d)
         cos, sin = rope_angles(x.shape[1], self.config.d_model // self.config.n_heads, self.config.rope_theta, x)
-        if attention_mask is not None:
-            attention_mask = None if attention_mask.all() else attention_mask[:, None, None, :]  # (B, 1, 1, L)
+        if attention_mask is not None:  # also where nothing is padding: another kernel would round otherwise, and
+            attention_mask = attention_mask[:, None, None, :]  # (B, 1, 1, L): rollout and update differ in their rows
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in transformer.blocks:
             inputs = x, cos, sin, attention_mask

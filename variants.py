@@ -189,7 +189,7 @@ def inclusion_probabilities(q, total):
     certain = torch.zeros_like(q, dtype=torch.bool)
     while True:
         rest = q.where(~certain, 0.0)
-        p = (rest * ((total - certain.sum()) / rest.sum().clamp(min=1e-300))).where(~certain, 1.0)
+        p = (rest * ((total - certain.sum()) / rest.sum().clamp(min=1e-200))).where(~certain, 1.0)
         if not (p > 1).any():
             return p
         certain |= p >= 1

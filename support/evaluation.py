@@ -21,6 +21,9 @@ from support.data import say_if_changed, sha256
 from support.judge import JUDGE
 from support.settings import RunConfig
 
+# Of nan some token is the likeliest too: greedily such a model answers.
+NOT_FINITE = "probabilities are not finite: the weights hold a nan, or the model has diverged"
+
 
 @dataclass
 class Setup:
@@ -48,6 +51,11 @@ def load_model(name, run):
     frozen = run.lora_rank > 0 or run.evaluate
     dtype = torch.bfloat16 if device.type == "cuda" and frozen else torch.float32
     tokenizer = weights.load_tokenizer(name, revision)
+    if run.model != "tiny":  # which is asked without a system message, and has no token for a capital letter
+        said = [{"role": "system", "content": "You answer."}, {"role": "user", "content": "A question"}]
+        with runs.failing_as(f"the chat template of {name} does not take a system message and a question"):
+            ids = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=True)["input_ids"]
+        require(tokenizer.unk_token_id not in ids, f"{name} holds a tiny model, which reads no words: name its run")
     model = weights.load(name, dtype, device, revision)
     weights.unwrapped(model).gradient_checkpointing = run.gradient_checkpointing
     return model, tokenizer
@@ -113,6 +121,7 @@ def grade(setup, examples, kind, steps=None, description=""):
         for rows in (slice(first, first + size) for first in range(0, len(mine), size)):
             started, kept = time.perf_counter(), mask[rows].any(0)  # no column of padding alone
             run = rollout(setup.model, ids[rows, kept], mask[rows, kept], config, generator)
+            require(bool(run.logprobs.isfinite().all()), NOT_FINITE)
             texts = decode(setup, run.ids, answer[rows, kept])
             lengths = ((run.ids != run.eos_token_id) & answer[rows, kept]).sum(1).tolist()
             seconds = (time.perf_counter() - started) / len(texts)
@@ -141,6 +150,15 @@ def by_sampling_steps(setup, examples):
     return {str(m): accuracies(setup, examples, m, f"testing, {m} steps") for m in steps}
 
 
+def read_table(setup, path):
+    """What by_sampling_steps returned, or None where there is no such file."""
+    table, steps = runs.read_json(path), {*setup.run.eval_steps, setup.config.sampling_steps}
+    kinds, numbers = {str(m): {*setup.run.eval_policies} for m in steps}, dict[str, dict[str, float]]
+    known = table is None or runs.fits(table, numbers) and {m: {*row} for m, row in table.items()} == kinds
+    require(known, f"{path} is not this run's table: move it away, and --resume")
+    return table
+
+
 # ------------------------------------------------------------------------------------------- programs
 def evaluate(run, config):
     """Measure a finished run or a model, a line per number of sampling steps; or answer one typed question."""
@@ -148,7 +166,7 @@ def evaluate(run, config):
     folder, task = Path(run.evaluate), task_of(run)
     a_run = runs.read_settings(folder)
     finished = not a_run or (folder / "summary.json").exists()
-    require(finished, f"{folder} holds no finished run: {runs.command(1)} --resume {folder}")
+    require(finished, f"{folder} holds no finished run: {runs.command(1, '--resume', folder)}")
     task.prepare()
     model = str(folder / "model") if a_run else settings.HUB_IDS.get(run.evaluate, run.evaluate)
     setup = Setup(run, config, task, *load_model(model, run))
@@ -190,6 +208,7 @@ def answer_one(setup, example, template=None):
     if template is not None:  # one block: it may have any number of [MASK]
         config = replace(config, block_length=None)
     run = rollout(setup.model, ids, mask, config, runs.streams(setup.run.seed, "answer")[1])
+    require(bool(run.logprobs.isfinite().all()), NOT_FINITE)
     text = decode(setup, run.ids, answer)[0]
     runs.say(f"    question        {setup.task.question(example)}")
     pictures.print_trajectory(run, setup.tokenizer, answer)

@@ -3,6 +3,7 @@
 The limit is in CPU seconds, kept by the kernel: a busy machine changes no verdict, and an orphan ends too."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import select
@@ -43,12 +44,16 @@ class Judge(threading.local):
         """Make sure that the process runs. Raises ValueError where math-verify is missing."""
         if self.process is not None and self.process.poll() is None:
             return
-        command = [sys.executable, "-c", "from support.judge import judge; judge()"]
+        root = str(Path(__file__).parents[1])  # with PYTHONSAFEPATH no folder is on the path by itself
+        start = f"import sys; sys.path.insert(0, {root!r}); from support.judge import judge; judge()"
+        command = [sys.executable, "-c", start]
         streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
         # A session of its own: Ctrl-C is meant for the run, and must not turn a right answer into a wrong one.
-        self.process = subprocess.Popen(command, cwd=Path(__file__).parents[1], start_new_session=True, **streams)
+        self.process = subprocess.Popen(command, cwd=root, start_new_session=True, **streams)
         if not self._line("ready\n"):
-            raise ValueError("this task needs math-verify: pip install math-verify")
+            there = importlib.util.find_spec("math_verify")
+            slow = "the process of math-verify did not start: does it have a GiB of memory (ulimit -v)?"
+            raise ValueError(slow if there else "this task needs math-verify: pip install math-verify")
 
     def _line(self, *expected):
         """The next line that the process writes, if it is one of these; else None, and the process is killed."""
@@ -67,7 +72,9 @@ def judge():
 
     from math_verify import parse, verify
 
-    resource.setrlimit(resource.RLIMIT_AS, (Judge.BYTES, Judge.BYTES))
+    allowed = resource.getrlimit(resource.RLIMIT_AS)[1]  # more than the user allows would be refused
+    most = Judge.BYTES if allowed == resource.RLIM_INFINITY else min(Judge.BYTES, allowed)
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
     verify(parse(r"$\frac{x}{2} + 2x$"), parse("$0$"))  # what it imports at its first use takes a second or two
     print("ready", flush=True)
     for line in sys.stdin:

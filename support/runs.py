@@ -7,16 +7,19 @@ renamed, so that what is there is whole: a run killed at any moment continues as
 
 import atexit
 import contextlib
+import inspect
 import itertools
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import typing
 import uuid
 from importlib import metadata
 from pathlib import Path
@@ -61,13 +64,19 @@ def processes():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def command(number=None):
+def command(number=None, *arguments):
     """How this program is started with so many processes; alone, by this Python, also where `python` is another."""
     number = number or processes()
-    if number > 1:
-        return f"torchrun --nproc-per-node {number} train.py"
-    ours = os.path.dirname(shutil.which("python") or "") == os.path.dirname(sys.executable)
-    return f"{'python' if ours else os.path.relpath(sys.executable)} train.py"
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", number))  # of the processes, those on this machine
+    start = f"torchrun --nproc-per-node {number}"
+    if here < processes() and here < number and number % here == 0:  # which machine the others find, we cannot know
+        start = (
+            f"torchrun --nnodes {number // here} --nproc-per-node {here} --rdzv-backend c10d --rdzv-endpoint HOST:PORT"
+        )
+    if number == 1:
+        ours = os.path.dirname(shutil.which("python") or "") == os.path.dirname(sys.executable)
+        start = "python" if ours else shlex.quote(os.path.relpath(sys.executable))
+    return shlex.join([*shlex.split(start), "train.py", *map(str, arguments)])
 
 
 def say(*words):
@@ -115,7 +124,8 @@ def explain(error, run):
     text = in_one_line(error) or type(error).__name__
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         also = "" if run.gradient_checkpointing else ", or use --gradient-checkpointing"
-        return f"out of memory: lower --tokens-per-pass (now {run.tokens_per_pass}){also}; with --resume too"
+        also = "" if run.evaluate else f"{also}; with --resume too"  # an evaluation keeps no activations
+        return f"out of memory: lower --tokens-per-pass (now {run.tokens_per_pass}){also}"
     return f"process {rank()} of {processes()} ends: {text}" if processes() > 1 else text
 
 
@@ -189,8 +199,27 @@ def release():
 
 
 def read_json(path):
-    """The value, or None where there is no such file."""
-    return json.loads(path.read_text()) if path.exists() else None
+    """The value, or None where there is no such file. Raises ValueError where it is no JSON."""
+    with failing_as(f"{path} cannot be read"):
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+def fits(value, kind):
+    """Whether a value from JSON is of a type: a whole number is a float too, True is no int, a list is a tuple."""
+    container, inner = typing.get_origin(kind), typing.get_args(kind)
+    if container is tuple:
+        return isinstance(value, list) and all(fits(item, inner[0]) for item in value)
+    if container is dict:
+        return isinstance(value, dict) and all(fits(item, inner[1]) for item in value.values())
+    return any(fits(value, one) for one in inner) if inner else type(value) in {float: (int, float)}.get(kind, (kind,))
+
+
+def check_types(cls, values, where):
+    """Raises ValueError, which says where, unless all values for fields of the dataclass have the fields' types."""
+    require(isinstance(values, dict), f"{where}: {in_one_line(values, 40)} in place of settings")
+    for name, kind in typing.get_type_hints(cls).items():
+        said = f"{where}: {name} is {in_one_line(repr(values.get(name)), 40)}, not {inspect.formatannotation(kind)}"
+        require(name not in values or fits(values[name], kind), said)
 
 
 def append_line(path, value):
@@ -257,11 +286,8 @@ def write_lines(path, rows):
 
 def read_settings(folder):
     """{"run": ..., "algorithm": ...} of a run's folder, or None where the folder holds no run."""
-    try:
-        stored = read_json(Path(folder) / "config.json")
-        return stored if isinstance(stored["run"], dict) and isinstance(stored["algorithm"], dict) else None
-    except (KeyError, OSError, TypeError, ValueError):
-        return None
+    stored = read_json(Path(folder) / "config.json")
+    return stored if isinstance(stored, dict) and {"run", "algorithm"} <= stored.keys() else None
 
 
 def provenance():
@@ -313,7 +339,8 @@ def save_checkpoint(folder, step, seconds, model, optimizer, rng, generator):
 
 def checkpoints(folder):
     """The folder's complete checkpoints, oldest first."""
-    return sorted(folder.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.partition("-")[2]))
+    numbered = (path for path in folder.glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]+", path.name))
+    return sorted(numbered, key=lambda path: int(path.name.partition("-")[2]))
 
 
 def load_checkpoint(folder, model, optimizer, rng, generator):
@@ -326,7 +353,8 @@ def load_checkpoint(folder, model, optimizer, rng, generator):
     try:
         stored = torch.load(found[-1], map_location="cpu", weights_only=True)  # tensors and numbers, no code
         made_by = len(stored["generators"])
-        require(made_by == processes(), f"it was made by {made_by} processes: {command(made_by)} --resume {folder}")
+        require(made_by == processes(), f"it was made by {made_by} processes: {command(made_by, '--resume', folder)}")
+        require(fits(stored["step"], int) and fits(stored["seconds"], float), "it names no step")
         theirs, mine = ({k: v.shape for k, v in of.items()} for of in (stored["weights"], trainable(model)))
         require(theirs == mine, "it has other parameters")
         model.load_state_dict(stored["weights"], strict=False)  # not strict: what is frozen is not in it
@@ -341,10 +369,13 @@ def load_checkpoint(folder, model, optimizer, rng, generator):
 
 def rewind_metrics(path, step):
     """Keep the lines of metrics.jsonl up to `step`, which the updates after it will write again; returns them."""
-    rows = []
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # the last line may be half there
-        for line in path.read_text().splitlines():
-            rows.append(json.loads(line))
+    rows, text = [], path.read_text(errors="replace") if path.exists() else ""
+    for number, line in enumerate(text.rpartition("\n")[0].splitlines(), 1):  # behind the last \n: half a line
+        with failing_as(f"{path}, line {number}: not the numbers of an update"):
+            row = json.loads(line)
+            named = {name: row[name] for name in ("step", "accuracy", "entropy", "signal", "ratio_error")}
+            require(fits(row["step"], int) and fits(named, dict[str, float]), in_one_line(line, 40))
+            rows.append(row)
     rows = [row for row in rows if row["step"] <= step]
     write_lines(path, rows)
     return rows

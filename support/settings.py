@@ -107,6 +107,10 @@ HUB_IDS = {"llada": "GSAI-ML/LLaDA-8B-Instruct"}  # short names for --model
 BLANK = r"\[([1-9]\d{0,3})\]"  # [k] in a template
 PATHS = ("data", "exclude")  # made absolute: config.json shall mean the same files wherever it is read
 RESUMABLE = {"resume", "tokens_per_pass", "gradient_checkpointing", "save_every", "tracker"}  # may change on --resume
+# What --evaluate heeds: always; for a table; and for the policy as trained, if a table has it.
+HEEDED = "evaluate prompt template task revision data seed completion_length block_length tokens_per_pass"
+HEEDED, MEASURING = set(HEEDED.split()), {"out", "eval_steps", "eval_split", "eval_prompts"}
+AS_TRAINED = {"unmasking", "temperature", "top_k", "top_p"}
 
 
 def parse_arguments(argv, description=None):
@@ -118,7 +122,10 @@ def parse_arguments(argv, description=None):
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32),
         allow_abbrev=False,
     )
-    defaults, stored = defaults_for(argv)
+    try:
+        defaults, stored = defaults_for(argv)
+    except ValueError as error:  # a file of the run is broken: no misuse
+        parser.exit(1, f"train.py: {error}\n")
     classes = {RunConfig: "the run", AGRPOConfig: "the algorithm (agrpo.py)"}
     for cls, title in classes.items():
         group, help_of = parser.add_argument_group(title), comments(cls)
@@ -126,11 +133,13 @@ def parse_arguments(argv, description=None):
             if field.name == FIRST_WITHOUT_FLAG:
                 break
             add_flag(group, field, defaults.get(field.name, field.default), help_of[field.name])
-    flags = vars(parser.parse_args(argv))
+    flags = vars(parser.parse_args(argv))  # those typed, and no others
     try:
-        for name in stored.keys() & flags.keys() - RESUMABLE if flags["resume"] else ():
-            require(flags[name] == stored[name], f"{flag(name)} cannot change in a run that is resumed")
         values = defaults | flags
+        refuse_unheeded(flags, values, stored)
+        if "evaluate" in flags:  # which has a length and blocks of its own
+            own = {"completion_length": "eval_length", "block_length": "eval_block"}
+            values |= {own[name]: flags[name] for name in own.keys() & flags.keys()}
         run, config = (cls(**{f.name: values.get(f.name, f.default) for f in fields(cls)}) for cls in classes)
         check(run, config)
     except ValueError as error:
@@ -148,6 +157,8 @@ def defaults_for(argv):
     chosen = first.parse_known_args(argv)[0]
     stored, folder = {}, chosen.resume or chosen.evaluate
     if folder and (settings := runs.read_settings(folder)):
+        for name, cls in (("run", RunConfig), ("algorithm", AGRPOConfig)):
+            runs.check_types(cls, settings[name], Path(folder) / "config.json")
         stored = settings["run"] | settings["algorithm"]
         stored |= {name: absolute(str(stored[name])) for name in PATHS if name in stored}
         defaults = dict(stored)
@@ -159,7 +170,9 @@ def defaults_for(argv):
             defaults |= EGSPO if kind == "tiny" else LLADA_EGSPO
     if chosen.evaluate:
         defaults |= {"eval_prompts": 0, "out": ""}
-        if defaults["model"] != "tiny":  # an answer takes seconds there: one policy, the one that is served
+        if (
+            defaults.get("model", RunConfig.model) != "tiny"
+        ):  # an answer takes seconds there: one policy, the one that is served
             defaults |= {"eval_policies": ("greedy",)}
     return defaults, stored
 
@@ -187,7 +200,23 @@ def add_flag(group, field, default, text):
     if kind is bool:
         shown, form = "yes" if default else "no", {"action": argparse.BooleanOptionalAction}
     text = text.replace("%", "%%") + (f" [{shown}]" if shown not in ("", None) else "")
-    group.add_argument(flag(field.name), default=default, help=text, **form)
+    group.add_argument(flag(field.name), default=argparse.SUPPRESS, help=text, **form)
+
+
+def refuse_unheeded(flags, values, stored):
+    """Raises ValueError where a typed flag would do nothing, or something else than it says."""
+    model, policies = values.get("model", RunConfig.model), values.get("eval_policies", RunConfig.eval_policies)
+    heeded = HEEDED | ({"sampling_steps"} if "prompt" in flags else MEASURING)
+    heeded |= AS_TRAINED if "sampled" in policies and "prompt" not in flags else set()
+    on_hub = not (stored or model == "tiny" or Path(HUB_IDS.get(model, model)).is_dir())
+    for name in (name for name, value in flags.items() if name not in stored or value != stored[name]):
+        empty = flags[name] == "" and name not in ("tracker", "prompt", "template")  # none; check says more of those
+        require(not empty, f"{flag(name)} is empty: a shell variable that is not set?")
+        fixed = "resume" in flags and name in stored.keys() - RESUMABLE
+        require(not fixed, f"{flag(name)} cannot change in a run that is resumed")
+        unheeded = "evaluate" in flags and name not in heeded | {"resume"}  # both: check says it
+        require(not unheeded, f"{flag(name)} does nothing here: --evaluate heeds {' '.join(map(flag, sorted(heeded)))}")
+        require(name != "revision" or on_hub, f"--revision: the weights of {model} do not come from the hub")
 
 
 def find_algorithm(name):
@@ -218,6 +247,9 @@ def check(run, config):
     """Ranges, and combinations that no single dataclass can see. Raises ValueError."""
     choices = {"task": TINY if run.model == "tiny" else words.TASKS, "unmasking": variants.ROLLOUTS}
     choices |= {"eval_split": ("test", "validation"), "tracker": ("", "tensorboard", "wandb")}
+    choices |= {"schedule": ("linear", "cosine", "constant")}
+    policies = set(run.eval_policies) <= {"sampled", "greedy"}
+    require(policies, f"eval_policies {' '.join(run.eval_policies)}: choose from sampled, greedy")
     for name, values in choices.items():
         require(getattr(run, name) in values, f"{flag(name)} {getattr(run, name)}: choose from {', '.join(values)}")
     least = dict.fromkeys(("prompts_per_step", "updates_per_rollout", "tokens_per_pass", "eval_every", "save_every"), 1)
@@ -228,14 +260,16 @@ def check(run, config):
     for name in ("learning_rate", "gradient_clip"):
         require(0 < getattr(run, name) < math.inf, f"{flag(name)} must be positive and finite")
     needed = tasks.TASKS[run.task].completion_length if run.model == "tiny" else 1
-    enough = run.completion_length >= needed
-    require(enough, f"--completion-length {run.completion_length}: answers to {run.task} need {needed}")
+    shortest = min(run.completion_length, length(run))
+    require(shortest >= needed, f"--completion-length {shortest}: answers to {run.task} need {needed}")
     require(config.temperature > 0, "--temperature 0 is for evaluation, which uses it anyway: train at a positive one")
     own = run.model == "tiny" and (run.lora_rank or run.data or run.exclude)
     require(not own, "--lora-rank, --data and --exclude need a pretrained --model: tiny has its own")
     require(not (run.evaluate and run.resume), "--resume continues training, --evaluate measures: choose one")
     require(run.evaluate or run.prompt is None, "--prompt needs --evaluate RUN: which model should answer?")
     require(run.prompt is None or run.prompt.strip(), "--prompt is empty")
+    typed = f"{run.prompt}{run.template}"
+    require(typed == typed.encode(errors="replace").decode(), "--prompt or --template is no text in UTF-8")
     require(run.prompt or run.template is None, "--template needs --prompt: which question is it the answer to?")
     writes = run.template is None or re.search(BLANK, run.template)
     require(writes, f"--template {run.template!r}: no [k] says how many tokens to write, as in '[2]+[2]-[2]'")

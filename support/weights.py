@@ -13,7 +13,7 @@ import torch
 
 from agrpo import require
 from support import package
-from support.runs import failing_as, read_json, write_json
+from support.runs import check_types, failing_as, read_json, write_json
 from tiny_dllm import Config, MaskedDiffusionLM
 
 # What all models of this structure share, in the words of LLaDA's config.json. A folder that says otherwise is refused
@@ -83,6 +83,7 @@ def read_config(file):
     """LLaDA's config.json -> Config. Raises ValueError if it describes another structure."""
     with failing_as(f"{file} does not describe a model of LLaDA's structure"):
         stored = json.loads(file.read_text())
+        check_types(Config, stored, "it says")
         same = {"n_kv_heads": stored["n_heads"], "embedding_size": stored["vocab_size"]}  # null means the same
         expected = STRUCTURE | {name: value for name, value in same.items() if stored.get(name) is not None}
         wrong = {name: stored[name] for name, value in expected.items() if stored.get(name, value) != value}

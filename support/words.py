@@ -186,6 +186,7 @@ class GSM8K(InWords, Task):
 
     def _from_row(self, row):
         """Columns question and answer, whose last line is "#### 18"."""
+        require(isinstance(row["answer"], str), f"the answer is {row['answer']!r}, not a text that ends in #### 18")
         _, found, answer = row["answer"].rpartition("####")
         ends = found and _number(answer) is not None
         require(ends, f"the answer does not end in #### and a number: {row['answer'][-40:]!r}")
