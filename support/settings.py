@@ -96,7 +96,7 @@ PRESETS = {
     ("llada", "sudoku"): LLADA | {"completion_length": 256, "block_length": 16},
 }
 for name, n in TRACKING_LENGTHS.items():  # one step a token
-    steps = {"completion_length": n, "sampling_steps": n, "eval_steps": (n,), "base_steps": 1200 if n < 12 else 1600}
+    steps = {"completion_length": n, "sampling_steps": n, "eval_steps": (n,), "base_steps": 600 if n < 12 else 1600}
     PRESETS["tiny", name] = TRACKING | steps
 EGSPO = {"epsilon_high": 0.5, "beta": 0.04}
 # As its authors publish, but for a 4-bit base, adapter dropout, the score of kept tokens alone.
