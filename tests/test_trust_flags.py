@@ -328,7 +328,7 @@ def test_printed_commands_quote_the_folder(whole, tmp_path, monkeypatch, capsys)
     assert parse_arguments(command[2:])[0].evaluate == str(folder)
     (folder / "summary.json").unlink()
     assert shlex.split(said(capsys, "--evaluate", folder)[1])[-1] == str(folder)
-    assert f"--resume '{folder}', " in said(capsys, "--out", folder)[1]
+    assert f"--resume '{folder}'" in said(capsys, "--out", folder)[1]
 
 
 def test_a_file_called_checkpoint_best_is_no_checkpoint(tmp_path):
