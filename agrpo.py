@@ -83,7 +83,7 @@ def token_logprobs(logits, mask_token_id, config, drawn=None):
     """log pi(. | s) at N positions: the only softmax here. Rollout, ratio, entropy and KL all go through it.
     logits (N, V) -> (N, V) in float32 or better. [MASK] has probability 0: an answer with it would not be finished.
     What top-k, then top-p leave out has probability 0 as well. drawn: indices of positions, and tokens that rows drew
-    there; they stay. At a first update that is the set they were drawn from: none is stored, and it has no gradient."""
+    there; they stay, should an update have pushed one out. So no kept set need be stored, and it has no gradient."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / (config.temperature or 1.0)
     never = torch.finfo(logits.dtype).min  # finite, so that p log p = 0 * never = 0 where -inf would give nan
     logits = logits.clamp(min=never).index_fill_(-1, torch.tensor(mask_token_id, device=logits.device), never)
@@ -179,10 +179,10 @@ def draw_order(batch, plan, config, generator):
 
 
 def distinct_passes(ids, attention_mask, positions, micro_batch):
-    """One sequence per distinct state: completions of a question share their first one, and often later ones.
-    ids, attention_mask, positions (B, L): yields, `micro_batch` states at a time, their rows (b,), the model's inputs
-    (S, L) with the union of the wanted positions, N' in all, and which of those each row wants (N,). Of two rows that
-    want 5 7 and 7 8 of a state: union 5 7 8, places 0 1 1 2; at 7 their gradients add up by autograd."""
+    """One sequence per distinct state, as completions of a question share their first one, and often later ones. (Skip
+    this at first: a sequence per row computes the same.) ids, attention_mask, positions (B, L): yields, `micro_batch`
+    states at a time, their rows (b,), the model's inputs (S, L) with the union of the wanted positions, N' in all, and
+    which of those each row wants (N,). Rows that want 5 7 and 7 8 of a state: union 5 7 8, places 0 1 1 2."""
     asking = positions.any(1).nonzero()[:, 0]
     seen = ids[asking].masked_fill(~attention_mask[asking], -1)  # (rows, L)
     factors = torch.randint(2**62, seen.shape[1:], generator=torch.Generator().manual_seed(0)).to(ids)
@@ -378,7 +378,7 @@ class SmallModel(torch.nn.Sequential):
 
 def demonstration():
     """Write four digits, one a step, whose sum modulo 5 is the given one. In the second update the clip acts."""
-    generator, config, model = torch.manual_seed(0), AGRPOConfig(4, mc_samples=2), SmallModel()  # of that generator
+    generator, config, model = torch.manual_seed(0), AGRPOConfig(4, mc_samples=2), SmallModel()  # one seed for all
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for i in range(1, 81):
         given = torch.randint(5, (32, 1), generator=generator).repeat_interleave(config.num_generations, 0)  # (B, 1)
