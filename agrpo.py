@@ -83,7 +83,7 @@ def token_logprobs(logits, mask_token_id, config, drawn=None):
     """log pi(. | s) at N positions: the only softmax here. Rollout, ratio, entropy and KL all go through it.
     logits (N, V) -> (N, V) in float32 or better. [MASK] has probability 0: an answer with it would not be finished.
     What top-k, then top-p leave out has probability 0 as well. drawn: indices of positions, and tokens that rows drew
-    there; they stay, should an update have pushed one out. So no kept set need be stored, and it has no gradient."""
+    there; they stay, for all rows of a state, should an update have pushed one out: no kept set need be stored."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / (config.temperature or 1.0)
     never = torch.finfo(logits.dtype).min  # finite, so that p log p = 0 * never = 0 where -inf would give nan
     logits = logits.clamp(min=never).index_fill_(-1, torch.tensor(mask_token_id, device=logits.device), never)
@@ -134,7 +134,7 @@ class Rollout:
     eos_token_id: int
 
     def state_at(self, t):
-        """s_t (B, L): the ids that the model saw before step t (B,)."""
+        """s_t (B, L): the ids that the model saw before step t (B,), but for padding."""
         return self.ids.masked_fill(self.unmask_step >= t[:, None], self.mask_token_id)
 
     def action_at(self, t):
@@ -185,8 +185,8 @@ def distinct_passes(ids, attention_mask, positions, micro_batch):
     which of those each row wants (N,). Rows that want 5 7 and 7 8 of a state: union 5 7 8, places 0 1 1 2."""
     asking = positions.any(1).nonzero()[:, 0]
     seen = ids[asking].masked_fill(~attention_mask[asking], -1)  # (rows, L)
-    factors = torch.randint(2**62, seen.shape[1:], generator=torch.Generator().manual_seed(0)).to(ids)
-    found, state = (seen * factors).sum(1).unique(return_inverse=True)  # a hash: ten times as fast as unique(dim=0)
+    factors = torch.randint(2**62, seen.shape[1:], generator=torch.Generator().manual_seed(0), device="cpu").to(ids)
+    found, state = (seen * factors).sum(1).unique(return_inverse=True)  # a hash: faster than unique(dim=0)
     keys = seen.new_empty(len(found), seen.shape[1]).index_put_((state,), seen)  # (S, L)
     require(bool((keys[state] == seen).all()), "two states have one hash: a chance of 10^-12, change the seed above")
     union = torch.zeros_like(keys).index_add_(0, state, positions[asking].long()) > 0  # (S, L)
@@ -341,7 +341,7 @@ def accumulate_gradient(model, run, *, advantages, weights, config, micro_batch,
         "loss": total,  # no measure of progress: at rho = 1 minus a weighted mean of centred advantages, about 0
         "clip_fraction": clipped / max(tokens, 1),  # share of the tokens whose gradient the clip removed
         "penalty": penalties / max(tokens, 1),  # per token at the drawn steps
-        "ratio_error": error.item(),  # largest |rho - 1|: rounding (of top_p's edge too), right after a rollout
+        "ratio_error": error.item(),  # largest |rho - 1|: rounding (of kept sets too), right after a rollout
         "evaluations": int(sequences),  # sequences run forward and backward
     }
 

@@ -1,7 +1,7 @@
 """Train a masked diffusion language model by policy gradients: a tiny one on a laptop, LLaDA-8B on a GPU.
 
     python train.py                                          tiny, Countdown: a minute or two on two CPU cores
-    python train.py --task sudoku                            tiny, 4x4 Sudoku: two minutes
+    python train.py --task sudoku                            tiny, 4x4 Sudoku: four minutes; also tracking
     python train.py --model llada --task countdown           LLaDA-8B-Instruct with LoRA; also gsm8k, math, sudoku
     python train.py --resume runs/countdown-seed0            continue a run that was stopped or killed
     python train.py --evaluate runs/countdown-seed0 --prompt "3 12 7 = 16"

@@ -55,7 +55,7 @@ ENTROPY = {"importance_sampling": "entropy"}
 PAPER = ENTROPY | {"temperature": 0.6, "top_k": 150, "top_p": 0.99, "block_length": 12}
 SETTINGS = {
     "countdown": Setting(COUNTDOWN, AGRPOConfig(2, mc_samples=2), (12, 8), 512, 512, repeats=30),
-    "sudoku": Setting(SUDOKU, AGRPOConfig(8, mc_samples=4, **ENTROPY), (17, 16), 256, 256, repeats=30),
+    "sudoku": Setting(SUDOKU, AGRPOConfig(8, mc_samples=4, **ENTROPY), (17, 16), 512, 256, repeats=15),
     "vocabulary": Setting(MIDDLE, AGRPOConfig(32, block_length=32, temperature=0.6), (64, 64), micro_batch=4),
     "llada": Setting(LLADA, AGRPOConfig(128, mc_samples=24, **PAPER), (128, 384), lora_rank=64),
     "llada-small": Setting(SMALL, AGRPOConfig(8, mc_samples=3, **PAPER), (8, 24), 4, lora_rank=4, repeats=1),
