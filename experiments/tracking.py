@@ -58,7 +58,9 @@ def draw(found, axes):
         axes[0].errorbar(lengths, mean, yerr=half, fmt="o-", capsize=3, label=variant.label)
         points = rows[variant.label]["curve"]
         axes[1].plot([p["updates"] for p in points], [100 * p["sampled"][0] for p in points], "o-", ms=3)
-    axes[0].set(xlabel="letters of a question: steps of its answer", ylabel="% right at the end, sampled, test")
+    axes[0].set(
+        xticks=lengths, xlabel="letters of a question: steps of its answer", ylabel="% right at the end, sampled, test"
+    )
     axes[1].set(xlabel="updates", ylabel="% right, sampled, validation")
     axes[0].legend(fontsize=7)
 
