@@ -59,7 +59,7 @@ def reinforce(setup, train, validation, folder, started):
                 metrics["validation"] = evaluation.accuracies(setup, validation, description="validating")
             if not metrics["ratio_error"] <= tolerable and all(row["ratio_error"] <= tolerable for row in history):
                 said = f"ratio_error is {metrics['ratio_error']:.2g}, and rounding explains {tolerable:.2g} at most"
-                runs.say(f"\nupdate {step + 1}: {said}: it was not one policy that wrote and learnt (docs)")
+                runs.say(f"\nupdate {step + 1}: {said}: two policies wrote and learnt (docs/large-models.md)")
             history.append(metrics)
             runs.append_line(folder / "metrics.jsonl", metrics)
             track(step + 1, metrics)

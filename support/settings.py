@@ -170,10 +170,8 @@ def defaults_for(argv):
             defaults |= EGSPO if kind == "tiny" else LLADA_EGSPO
     if chosen.evaluate:
         defaults |= {"eval_prompts": 0, "out": ""}
-        if (
-            defaults.get("model", RunConfig.model) != "tiny"
-        ):  # an answer takes seconds there: one policy, the one that is served
-            defaults |= {"eval_policies": ("greedy",)}
+        if defaults.get("model", RunConfig.model) != "tiny":
+            defaults |= {"eval_policies": ("greedy",)}  # an answer takes seconds there: only as it is served
     return defaults, stored
 
 

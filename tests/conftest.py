@@ -1,9 +1,12 @@
 """Shared by the tests: small models, questions and rollouts. One thread: the tensors are tiny, others run beside."""
 
+import json
+
 import pytest
 import torch
 
 import agrpo
+import train
 from tiny_dllm import Config, MaskedDiffusionLM
 
 torch.set_num_threads(1)
@@ -72,3 +75,19 @@ def gradient(model):
     flat = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in model.parameters()])
     model.zero_grad()
     return flat
+
+
+def run(*arguments):
+    """The program's exit code, in this process."""
+    return train.main([*map(str, arguments)])
+
+
+def last_line(capsys):
+    """Of what was said on stderr, which holds no traceback."""
+    stderr = capsys.readouterr().err
+    assert "Traceback" not in stderr
+    return stderr.splitlines()[-1]
+
+
+def json_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]

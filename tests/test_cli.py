@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import json_lines, last_line
 
 import agrpo
 import tasks
@@ -37,17 +38,6 @@ def train(*arguments):
 def here(*arguments):
     """In this process, which has loaded everything already."""
     return main([*map(str, arguments)])
-
-
-def last_line(capsys):
-    """Of what was said on stderr, which holds no traceback."""
-    stderr = capsys.readouterr().err
-    assert "Traceback" not in stderr
-    return stderr.splitlines()[-1]
-
-
-def json_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def metrics(folder):

@@ -8,6 +8,7 @@ import types
 from pathlib import Path
 
 import pytest
+from conftest import json_lines, last_line, run
 from llada_folder import make_llada_folder
 
 import train
@@ -23,21 +24,6 @@ SHORT = (
 
 
 SMALL = {"eval_length": 16, "eval_block": 8, "eval_steps": (4,), "sampling_steps": 8}
-
-
-def run(*arguments):
-    return train.main([*map(str, arguments)])
-
-
-def last_line(capsys):
-    """Of what was said on stderr, which holds no traceback."""
-    stderr = capsys.readouterr().err
-    assert "Traceback" not in stderr
-    return stderr.splitlines()[-1]
-
-
-def json_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def write_jsonl(path, rows):

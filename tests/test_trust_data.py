@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import run
 from llada_folder import make_llada_folder
 
 import tasks
-import train
 from support import judge, settings, weights, words
 from support.words import TASKS
 
@@ -25,10 +25,6 @@ SHORT = (
     "--completion-length 24 --block-length 8 --sampling-steps 12 --mc-samples 3 --eval-steps 4 --prompts-per-step 2 "
     "--num-generations 2 --eval-prompts 3 --lora-rank 2 --max-steps 1"
 ).split()
-
-
-def run(*arguments):
-    return train.main([*map(str, arguments)])
 
 
 def rows(numbers):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import last_line, run
 from test_parallel import ON_LOOPBACK, ROOT
 from test_resume import pieces
 
@@ -20,17 +21,6 @@ import train
 from support import evaluation, runs
 
 TINY = "--base-steps 3 --max-steps 1 --eval-every 1 --prompts-per-step 2 --eval-steps 2 --eval-prompts 10".split()
-
-
-def run(*arguments):
-    return train.main([*map(str, arguments)])
-
-
-def last_line(capsys):
-    """Of what was said on stderr, which holds no traceback."""
-    stderr = capsys.readouterr().err
-    assert "Traceback" not in stderr
-    return stderr.splitlines()[-1]
 
 
 def content(folder):
